@@ -1,0 +1,118 @@
+"""Batches: which sequences make up a step, and in which order they come.
+
+The sequences of step s are a function of the seed, the global batch size and s, and of nothing
+else: not of how a batch is cut into micro-batches, nor of the workers that load it. So the step is
+all that has to be saved to go on from here.
+"""
+
+import hashlib
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from errors import UserError
+
+HELD_OUT_AT_MOST = 512  # sequences that one evaluation reads
+
+
+class Windows(Dataset):
+    """Sequences of seq_len + 1 tokens, cut from the joined documents one after the other.
+
+    Neighbours share one token, the last target of the one and the first input of the other, so
+    each token is predicted exactly once.
+    """
+
+    def __init__(self, tokens, seq_len):
+        self.tokens, self.seq_len = tokens, seq_len
+
+    def __len__(self):
+        return max(0, (len(self.tokens) - 1) // self.seq_len)
+
+    def __getitem__(self, index):  # [seq + 1]
+        start = index * self.seq_len
+        window = self.tokens[start : start + self.seq_len + 1]
+        return torch.from_numpy(window.astype("int64"))
+
+
+class Order:
+    """An endless row of epochs, each shuffled anew, cut into the batches of one step after another."""
+
+    def __init__(self, count, batch_size, seed):
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.epoch, self.shuffled = None, None
+
+    def sequence(self, position):
+        """Index of the window at a position of the endless row."""
+        epoch, place = divmod(position, self.count)
+        if epoch != self.epoch:
+            digest = hashlib.sha256(f"{self.seed} epoch {epoch}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+            self.epoch = epoch
+            self.shuffled = torch.randperm(self.count, generator=generator).numpy()
+        return int(self.shuffled[place])
+
+    def step(self, step):
+        """Window indices of a step, [batch_size]; steps count from 0."""
+        start = step * self.batch_size
+        return [self.sequence(start + row) for row in range(self.batch_size)]
+
+
+class Batches:
+    """Deals the sequences of each step to micro-batches, and keeps the last 1/64 of them apart.
+
+    Raises UserError when the data set does not fill one step and its held-out part.
+    """
+
+    def __init__(self, args, tokens, device):
+        self.device = device
+        self.size, self.count = args.micro_batch_size, args.gradient_accumulation_steps
+        self.windows = Windows(tokens, args.seq_len)
+        held_out = max(1, len(self.windows) // 64)
+        training = len(self.windows) - held_out
+        batch_size = self.size * self.count
+        if training < batch_size:
+            raise UserError(
+                f"--dataset_name {args.dataset_name}: its {len(tokens)} tokens make "
+                f"{max(training, 0)} training sequences of --seq_len {args.seq_len}, and a step "
+                f"takes {batch_size}, --micro_batch_size {self.size} x "
+                f"--gradient_accumulation_steps {self.count}: lower one of these"
+            )
+        self.order = Order(training, batch_size, args.seed)
+        # Whole batches, so that every layout reads the same; a small part is read more than once.
+        batches = max(1, min(held_out, HELD_OUT_AT_MOST) // batch_size)
+        self.held_out = [training + row % held_out for row in range(batches * batch_size)]
+        self.positions = torch.arange(args.seq_len, device=device)
+        workers = {"num_workers": args.num_workers}
+        if args.num_workers:
+            workers["multiprocessing_context"] = "fork"  # the array is mapped, not sent
+        self.options = {**workers, "pin_memory": device.type == "cuda"}
+        self.next_step, self.loading = None, None
+
+    def micro_batches(self, step):
+        """The micro-batches of a step: tokens, targets [micro_batch, seq] and positions [seq]."""
+        if step != self.next_step:
+            self.loading = iter(self.load(self.indices_from(step)))
+        for _ in range(self.count):
+            yield self.split(next(self.loading))
+        self.next_step = step + 1
+
+    def evaluation(self):
+        """The micro-batches of the held-out part, the same at every call."""
+        cut = range(0, len(self.held_out), self.size)
+        for window in self.load([self.held_out[start : start + self.size] for start in cut]):
+            yield self.split(window)
+
+    def indices_from(self, step):
+        """Window indices of one micro-batch after the other, without end."""
+        while True:
+            batch = self.order.step(step)
+            for start in range(0, len(batch), self.size):
+                yield batch[start : start + self.size]
+            step += 1
+
+    def load(self, micro_batches):
+        return DataLoader(self.windows, batch_sampler=micro_batches, **self.options)
+
+    def split(self, window):  # [micro_batch, seq + 1]
+        window = window.to(self.device, non_blocking=True)
+        return window[:, :-1], window[:, 1:], self.positions
