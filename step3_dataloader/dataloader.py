@@ -35,7 +35,7 @@ class Windows(Dataset):
 
 
 class Order:
-    """An endless row of epochs, each shuffled anew, cut into the batches of one step after another."""
+    """An endless row of epochs, each shuffled anew; each step takes the next batch_size of them."""
 
     def __init__(self, count, batch_size, seed):
         self.count, self.batch_size, self.seed = count, batch_size, seed

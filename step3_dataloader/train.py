@@ -59,7 +59,7 @@ def parse_args(argv):
     parser.add_argument("--seq_len", type=positive_int, default=128, help="tokens a sequence")
     parser.add_argument("--micro_batch_size", type=positive_int, default=4, help="sequences")
     parser.add_argument("--gradient_accumulation_steps", type=positive_int, default=1)
-    parser.add_argument("--max_tokens", type=positive_int, default=200_000, help="to train on")
+    parser.add_argument("--max_tokens", type=positive_int, default=400_000, help="to train on")
     parser.add_argument("--learning_rate", type=positive_float, default=3e-4)
     parser.add_argument("--warmup_steps", type=non_negative_int, default=20)
     parser.add_argument("--weight_decay", type=non_negative_float, default=0.1)

@@ -10,7 +10,9 @@ import argparse
 import ast
 import re
 import subprocess
+import sys
 import tempfile
+from collections import ChainMap
 from pathlib import Path
 
 README = "README.md"
@@ -170,50 +172,200 @@ def write(path: Path, content: bytes | None):
         path.write_bytes(content)
 
 
-def carry(root: Path, files: list[str], base: str, anew: bool, dry_run: bool):
-    """Merge the edits made since a commit from each step into the next, first to last.
+def carry_file(file: str, step: str, later: str, now: Tree, past: Tree, memory: dict) -> str:
+    """Merge a file's edits from a step into the later one, in `now`; return the conflict, if any.
 
-    What a step has handed to the next is remembered inside .git, for as long as the commit has the
-    same two files, and the next merge starts from there: a conflict settled by hand isn't asked
-    about again, and an edit can be carried, refined and carried once more.
+    What a step handed to the next is remembered as long as both of `past` stay the same, and the
+    next merge starts from there: a conflict settled by hand isn't asked about again, and an edit
+    can be carried, refined and carried once more.
     """
-    now, past = read(root), read(root, base)
-    marked = [
-        f"{step}/{file}" for step in now for file in now[step] if MARKER.search(now[step][file])
-    ]
-    if marked:
-        raise ChainError(f"conflict markers in {', '.join(marked)}: settle them first")
+    path, then, there = f"{later}/{file}", past[step].get(file), past.get(later, {}).get(file)
+    ours, theirs = now[later].get(file), now[step].get(file)
+    record = memory.pop((step, path), None)
+    base = record["carried"] if record and record["at"] == (then, there) else then
+    if base != then != theirs and ours is not None and ours == there:
+        print(f"{path}  is as it was, although carried into before (--anew: once more)")
+    merged, conflict = merge(base, ours, theirs, (path, "base", f"edit from {step}"))
+    if theirs != then:
+        memory[step, path] = {"at": (then, there), "carried": theirs}
+    if merged != ours:
+        now[later][file] = merged
+        what, added, deleted = change(ours, merged)
+        done = "conflict" if conflict else what.replace("changed", "merged")
+        print(f"{path}  {done} (+{added} -{deleted})")
+    return conflict and f"{path}: {conflict}; carried no further"
+
+
+def carry(root: Path, files: list[str], base: str, anew: bool, dry_run: bool):
+    """Merge the edits made since a commit from each step into the next, first to last."""
+    past, now = read(root, base), {step: ChainMap({}, old) for step, old in read(root).items()}
+    for step, file in ((step, file) for step in now for file in now[step]):
+        if MARKER.search(now[step][file]):
+            raise ChainError(f"{step}/{file} has conflict markers: settle that conflict first")
     chosen = selection(lesson_files(now, past), files)
     memory_file = root / git(root, "rev-parse", "--git-path", "chain-carried").decode().strip()
-    memory = ast.literal_eval(memory_file.read_text()) if memory_file.exists() else {}
-    changed, conflicts = {}, {}
+    remembers = memory_file.exists() and not anew
+    memory = ast.literal_eval(memory_file.read_text()) if remembers else {}
+    conflicts = {}
     for step, later in pairs(now):
         if step not in past:
             print(f"{step}  is not in {base}: nothing is carried out of it")
             continue
         for file in sorted(chosen - conflicts.keys()):
-            path = f"{later}/{file}"
-            then, there = past[step].get(file), past.get(later, {}).get(file)
-            ours, theirs = now[later].get(file), now[step].get(file)
-            record = memory.pop((step, path), None)
-            known = not anew and record is not None and record["at"] == (then, there)
-            carried = record["carried"] if known else then
-            if carried != then != theirs and ours is not None and ours == there:
-                print(f"{path}  is as in {base}, though carried into before (--anew: once more)")
-            labels = (path, "base", f"edit from {step}")
-            merged, conflict = merge(carried, ours, theirs, labels)
-            if theirs != then:
-                memory[step, path] = {"at": (then, there), "carried": theirs}
-            if conflict:
-                conflicts[file] = f"{path}: conflict, carried no further: {conflict}"
-            elif merged != ours:
-                what, added, deleted = change(ours, merged)
-                print(f"{path}  {what.replace('changed', 'merged')} (+{added} -{deleted})")
-            if merged != ours:
-                changed[root / path] = now[later][file] = merged
+            if conflict := carry_file(file, step, later, now, past, memory):
+                conflicts[file] = conflict
     if not dry_run:
-        for path, content in changed.items():
-            write(path, content)
+        for step in now:
+            for file, content in now[step].maps[0].items():
+                write(root / step / file, content)
         memory_file.write_text(repr(memory))
-    count = len(conflicts)
-    report([*conflicts.values()], f"{count} conflicts: settle them by hand, then run carry again")
+    report([*conflicts.values()], "settle the conflicts above by hand, then run carry again")
+
+
+def idle_flags(files: Step) -> list[str]:
+    """Return the flags of train.py that no module reads, as `args.flag` or by the name "flag"."""
+    flags, rest = [], []
+    for file in python(files):
+        lines = lines_of(files[file])
+        for node in ast.walk(ast.parse(files[file])):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+                first, end = node.lineno - 1, node.end_lineno
+                lines[first:end] = [""] * (end - first)
+                names = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+                flags += [name for name in names if file == "train.py" and name.startswith("--")]
+        rest += lines
+    text, reads = "\n".join(rest), r"\bargs\.{0}\b|[\"']{0}[\"']"
+    return [flag for flag in flags if not re.search(reads.format(flag[2:].replace("-", "_")), text)]
+
+
+def shape_problems(step: str, files: Step):
+    """Yield what is wrong with a step, taken by itself."""
+    for file in {README, "train.py"} - files.keys():
+        yield f"{step}/{file} is missing"
+    for file in python(files):
+        if (length := len(lines_of(files[file]))) > LONGEST_FILE:
+            yield f"{step}/{file} has {length} lines, {LONGEST_FILE} are allowed"
+    try:
+        yield from (f"{step}/train.py: {flag} does nothing yet" for flag in idle_flags(files))
+    except SyntaxError as error:
+        yield f"{step} has a file that is not Python: {error}"
+
+
+def lesson_problems(step: str, old: Step, new: Step):
+    """Print how much a step changes in the one before it, and yield what is wrong with that."""
+    shared = sorted((old.keys() & new.keys()) - {README})
+    counts = {file: numstat(old[file], new[file]) for file in shared if old[file] != new[file]}
+    counted = [counts[file] for file in python(counts) if file != TOPIC.get(number(step))]
+    added, deleted = (sum(count[i] for count in counted) for i in (0, 1))
+    limit = MOST_ADDED.get(number(step), 40)
+    print(f"{step:24} {len(counts)} files changed  +{added} -{deleted}  limit {limit}")
+    if added > limit:
+        yield f"{step} adds {added} lines to old files, {limit} are allowed"
+    if deleted > added:
+        yield f"{step} deletes {deleted} lines of old files and adds only {added}"
+    for file in counts:
+        unspaced = numstat(old[file], new[file], "-w", "--ignore-blank-lines")
+        if any(counts[file]) and not any(unspaced):
+            yield f"{step}/{file}: reformatting only"
+
+
+def parts(content: bytes | None) -> set[str]:
+    """Return what of a file can be dropped and brought back: itself, and its longer lines."""
+    lines = set() if content is None else {WHOLE_FILE, *map(str.strip, lines_of(content))}
+    return {line for line in lines if line == WHOLE_FILE or len(line) >= SHORTEST_LINE}
+
+
+def returning(tree: Tree):
+    """Yield what a step drops and a later one brings back (a line that moved wasn't dropped)."""
+    for file in sorted(lesson_files(tree)):
+        dropped: dict[str, str] = {}
+        for previous, step in pairs(tree):
+            old, new = parts(tree[previous].get(file)), parts(tree[step].get(file))
+            if not (old and new):
+                old, new = old & {WHOLE_FILE}, new & {WHOLE_FILE}
+            for part in sorted((new - old) & dropped.keys()):
+                yield f"{step}/{file} brings back what {dropped[part]} dropped: {part}"
+            dropped.update(dict.fromkeys(old - new, step))
+
+
+def check(root: Path):
+    """Prove the rules of the chain, a line for each step, and name what breaks them."""
+    tree = read(root)
+    first, *_ = tree
+    print(f"{first:24} {len(tree[first])} files")
+    problems = [p for old, new in pairs(tree) for p in lesson_problems(new, tree[old], tree[new])]
+    problems += [p for step in tree for p in shape_problems(step, tree[step])]
+    problems += returning(tree)
+    numbers = [number(step) for step in tree]
+    if numbers != list(range(1, len(tree) + 1)):
+        problems.append(f"the steps are numbered {numbers}: number them from 1 on without a gap")
+    report(problems, f"{len(problems)} breaches of the chain's rules: mend what is named above")
+
+
+def markdown(old: Step, new: Step) -> str:
+    """Return the README's table of a step: which modules are new, changed, deleted, unchanged."""
+    rows = {"new": [], "changed": [], "deleted": []}
+    for file in python({*old, *new}):
+        what, added, deleted = change(old.get(file), new.get(file))
+        if old.get(file) != new.get(file):
+            rows[what].append(f"| `{file}` | {what} | {added} | {deleted} |")
+    same = ", ".join(f"`{file}`" for file in python(new) if old.get(file) == new[file])
+    last = [f"| {same} | unchanged | | |"] if same else []
+    head = ["| file | what | added | deleted |", "|---|---|---:|---:|"]
+    return "\n".join([*head, *rows["new"], *rows["changed"], *rows["deleted"], *last])
+
+
+def table(root: Path, wanted: int | None, write: bool, check: bool):
+    """Print the tables of changes, or write them into the READMEs, or check those in there."""
+    tree, problems = read(root), []
+    before = {step: tree[previous] for previous, step in pairs(tree)}
+    for step in [find(tree, wanted)] if wanted else tree:
+        text = markdown(before.get(step, {}), tree[step])
+        readme = tree[step].get(README, b"").decode()
+        renewed, places = TABLE.subn(f"\\1\n{text}\n\n\\2", readme)
+        if not (write or check):
+            print(text if wanted else f"{step}\n\n{text}\n")
+        elif not places:
+            problems.append(f"{step}/{README} lacks <!-- chain:begin --> and <!-- chain:end -->")
+        elif renewed != readme and check:
+            problems.append(f"{step}/{README} has an old table: run table {number(step)} --write")
+        elif renewed != readme:
+            (root / step / README).write_bytes(renewed.encode())
+            print(f"{step}/{README}  renewed")
+    report(problems, f"{len(problems)} READMEs without a true table: mend those named above")
+
+
+def parse_args() -> dict:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function):
+        sub = commands.add_parser(function.__name__, description=function.__doc__)
+        sub.set_defaults(function=function)
+        here = Path(__file__).resolve().parent.parent
+        sub.add_argument("--root", type=Path, default=here, help="directory of the steps")
+        return sub.add_argument
+
+    add = command(diff)
+    add("wanted", metavar="N", type=int, help="number of the step")
+    add("--stat", action="store_true", help="count the lines only")
+    add("--readme", action="store_true", help="show the READMEs too")
+    add = command(carry)
+    add("files", metavar="FILE", nargs="*", help="only these files, in every step")
+    add("--base", metavar="REV", default="HEAD", help="commit that the edits are counted from")
+    add("--anew", action="store_true", help="forget what was carried since that commit")
+    add("--dry-run", action="store_true", help="write nothing")
+    command(check)
+    add = command(table)
+    add("wanted", metavar="N", type=int, nargs="?", help="number of the step (default: all)")
+    add("--write", action="store_true", help="write the tables into the READMEs")
+    add("--check", action="store_true", help="fail if a README's table is not up to date")
+    return vars(parser.parse_args())
+
+
+if __name__ == "__main__":
+    try:
+        options = parse_args()
+        options.pop("function")(**options)
+    except (ChainError, OSError) as error:
+        sys.exit(f"error: {error}")
