@@ -51,9 +51,7 @@ def git(root, *args: str, codes=(0,)) -> bytes:
     done = subprocess.run(["git", "-C", str(root), *args], capture_output=True)
     if done.returncode not in codes:
         reason = (done.stderr.decode().splitlines() or ["failed"])[0]
-        raise ChainError(
-            f"git {args[0]}: {reason} (check --root, and that the steps are committed)"
-        )
+        raise ChainError(f"git {args[0]}: {reason} (check --root, and that there is a commit)")
     return done.stdout
 
 
@@ -69,10 +67,11 @@ def read(root: Path, rev: str = "") -> Tree:
     for path in sorted(set(listed.split("\0"))):
         step, _, file = path.partition("/")
         if STEP.fullmatch(step) and (rev or (root / path).is_file()):
-            content = git(root, "show", f"{rev}:./{path}") if rev else (root / path).read_bytes()
+            blob = ("cat-file", "blob", f"{rev}:./{path}")
+            content = git(root, *blob) if rev else (root / path).read_bytes()
             tree.setdefault(step, {})[file] = content
     if not tree:
-        raise ChainError(f"no step in {root} {rev}: name the repository that has them with --root")
+        raise ChainError(f"no step in {rev or root}: name the repository that has them with --root")
     return dict(sorted(tree.items(), key=lambda item: number(item[0])))
 
 
@@ -175,19 +174,19 @@ def write(path: Path, content: bytes | None):
 def carry_file(file: str, step: str, later: str, now: Tree, past: Tree, memory: dict) -> str:
     """Merge a file's edits from a step into the later one, in `now`; return the conflict, if any.
 
-    What a step handed to the next is remembered as long as both of `past` stay the same, and the
-    next merge starts from there: a conflict settled by hand isn't asked about again, and an edit
-    can be carried, refined and carried once more.
+    What the step handed on is remembered as long as both files stay the same in `past`, and is the
+    base of the next merge: so a conflict settled by hand isn't asked about again, and an edit can
+    be carried, refined and carried once more.
     """
     path, then, there = f"{later}/{file}", past[step].get(file), past.get(later, {}).get(file)
     ours, theirs = now[later].get(file), now[step].get(file)
-    record = memory.pop((step, path), None)
+    record = memory.pop((step, later, file), None)
     base = record["carried"] if record and record["at"] == (then, there) else then
     if base != then != theirs and ours is not None and ours == there:
-        print(f"{path}  is as it was, although carried into before (--anew: once more)")
+        print(f"{path}  has lost what was carried into it (--anew carries that again)")
     merged, conflict = merge(base, ours, theirs, (path, "base", f"edit from {step}"))
     if theirs != then:
-        memory[step, path] = {"at": (then, there), "carried": theirs}
+        memory[step, later, file] = {"at": (then, there), "carried": theirs}
     if merged != ours:
         now[later][file] = merged
         what, added, deleted = change(ours, merged)
@@ -199,13 +198,15 @@ def carry_file(file: str, step: str, later: str, now: Tree, past: Tree, memory: 
 def carry(root: Path, files: list[str], base: str, anew: bool, dry_run: bool):
     """Merge the edits made since a commit from each step into the next, first to last."""
     past, now = read(root, base), {step: ChainMap({}, old) for step, old in read(root).items()}
-    for step, file in ((step, file) for step in now for file in now[step]):
-        if MARKER.search(now[step][file]):
-            raise ChainError(f"{step}/{file} has conflict markers: settle that conflict first")
+    for step in now:
+        for file, content in now[step].items():
+            if MARKER.search(content):
+                raise ChainError(f"{step}/{file} has conflict markers: settle that conflict first")
     chosen = selection(lesson_files(now, past), files)
     memory_file = root / git(root, "rev-parse", "--git-path", "chain-carried").decode().strip()
-    remembers = memory_file.exists() and not anew
-    memory = ast.literal_eval(memory_file.read_text()) if remembers else {}
+    memory = ast.literal_eval(memory_file.read_text()) if memory_file.exists() else {}
+    if anew:
+        memory = {edge: memory[edge] for edge in memory if edge[-1] not in chosen}
     conflicts = {}
     for step, later in pairs(now):
         if step not in past:
@@ -231,7 +232,7 @@ def idle_flags(files: Step) -> list[str]:
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
                 first, end = node.lineno - 1, node.end_lineno
                 lines[first:end] = [""] * (end - first)
-                names = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+                names = [str(getattr(arg, "value", "")) for arg in node.args]
                 flags += [name for name in names if file == "train.py" and name.startswith("--")]
         rest += lines
     text, reads = "\n".join(rest), r"\bargs\.{0}\b|[\"']{0}[\"']"
@@ -247,7 +248,7 @@ def shape_problems(step: str, files: Step):
             yield f"{step}/{file} has {length} lines, {LONGEST_FILE} are allowed"
     try:
         yield from (f"{step}/train.py: {flag} does nothing yet" for flag in idle_flags(files))
-    except SyntaxError as error:
+    except (SyntaxError, ValueError) as error:
         yield f"{step} has a file that is not Python: {error}"
 
 
@@ -353,7 +354,7 @@ def parse_args() -> dict:
     add = command(carry)
     add("files", metavar="FILE", nargs="*", help="only these files, in every step")
     add("--base", metavar="REV", default="HEAD", help="commit that the edits are counted from")
-    add("--anew", action="store_true", help="forget what was carried since that commit")
+    add("--anew", action="store_true", help="forget what earlier runs have carried")
     add("--dry-run", action="store_true", help="write nothing")
     command(check)
     add = command(table)
@@ -364,6 +365,8 @@ def parse_args() -> dict:
 
 
 if __name__ == "__main__":
+    # In a log, too, an error has to come after the lines that it speaks of.
+    sys.stdout.reconfigure(line_buffering=True)
     try:
         options = parse_args()
         options.pop("function")(**options)

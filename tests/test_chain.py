@@ -56,11 +56,14 @@ class Chain:
 
     def commit(self):
         self.git("add", "--all")
-        self.git("commit", "--quiet", "--message", "a commit")
+        self.git("commit", "--quiet", "--allow-empty", "--message", "a commit")
 
     def write(self, path: str, text: str):
         (self.root / path).parent.mkdir(parents=True, exist_ok=True)
         (self.root / path).write_text(text)
+
+    def delete(self, path: str):
+        (self.root / path).unlink()
 
     def read(self, path: str) -> str:
         return (self.root / path).read_text()
@@ -78,15 +81,21 @@ class Chain:
         paths = (path for path in self.root.glob("step*/**/*") if path.is_file())
         return {path: path.read_bytes() for path in paths}
 
+    def grow(self, number: int, file: str, text: str):
+        """Add `text` to the end of a file in step `number` and all that follow."""
+        for path in self.root.glob(f"step*/{file}"):
+            if int(path.relative_to(self.root).parts[0][4]) >= number:
+                path.write_text(path.read_text() + text)
+
     def lengthen(self, until: int):
         """Add steps up to number `until`, each the same as step 4."""
         for number in range(5, until + 1):
             for file, text in STEPS[FOUR].items():
                 self.write(f"step{number}_more/{file}", text)
 
-    def run(self, *args: str, fails: bool = False) -> str:
+    def run(self, *args: str, fails: bool = False, root: str = ".") -> str:
         """Return what the tool prints; where it fails, with its one line of error at the end."""
-        command = [sys.executable, str(TOOL), *args, "--root", str(self.root)]
+        command = [sys.executable, str(TOOL), *args, "--root", str(self.root / root)]
         done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
         assert done.returncode == (1 if fails else 0), done.stdout + done.stderr
         assert done.stderr.count("\n") == fails and done.stderr.startswith("error: " * fails)
@@ -132,7 +141,7 @@ def test_edits_in_several_steps_combine(chain):
 def test_carrying_twice_is_carrying_once(chain):
     chain.edit(f"{ONE}/train.py", "line 1 of", "edit one of")
     chain.write(f"{TWO}/new.py", "new = 1\n")
-    (chain.root / ONE / "model.py").unlink()
+    chain.delete(f"{ONE}/model.py")
     assert chain.run("carry")
     once = chain.everything()
     assert chain.run("carry") == ""
@@ -140,7 +149,11 @@ def test_carrying_twice_is_carrying_once(chain):
 
 
 def test_an_edit_can_be_refined_and_taken_back_after_it_was_carried(chain):
-    for old, new in (("line 1", "edit 1"), ("edit 1", "a better edit"), ("a better edit", "line 1")):
+    for old, new in (
+        ("line 1", "edit 1"),
+        ("edit 1", "a better edit"),
+        ("a better edit", "line 1"),
+    ):
         chain.edit(f"{ONE}/train.py", old + " of", new + " of")
         chain.run("carry")
         expected = [t.replace("line 1 of", new + " of") for t in (TRAIN, MESH, DATA, DATA)]
@@ -148,12 +161,12 @@ def test_an_edit_can_be_refined_and_taken_back_after_it_was_carried(chain):
 
 
 def test_new_and_deleted_files(chain):
-    chain.write(f"{TWO}/tools/new.py", "new = 1\n")
-    (chain.root / ONE / "model.py").unlink()
+    chain.write(f"{TWO}/more/new.py", "new = 1\n")
+    chain.delete(f"{ONE}/model.py")
     output = chain.run("carry")
-    assert f"{THREE}/tools/new.py  new (+1 -0)" in output
+    assert f"{THREE}/more/new.py  new (+1 -0)" in output
     assert f"{TWO}/model.py  deleted (+0 -5)" in output
-    assert chain.each("tools/new.py") == [None, *["new = 1\n"] * 3]
+    assert chain.each("more/new.py") == [None, *["new = 1\n"] * 3]
     assert chain.each("model.py") == [None] * 4
 
 
@@ -165,7 +178,7 @@ def test_a_file_that_a_lesson_dropped_is_not_brought_back(chain):
 
 
 def conflict_in_step_three(chain: Chain) -> str:
-    """Edit the line beside step 3's lesson; return the line of step 3's text with the edit."""
+    """Edit the line beside step 3's lesson and carry that; return what the tool prints."""
     chain.edit(f"{ONE}/train.py", "line 9 of", "edit nine of")
     return chain.run("carry", fails=True)
 
@@ -240,8 +253,8 @@ def test_a_binary_file_is_copied_where_it_is_the_same(chain):
 
 
 def test_dry_run_says_the_same_and_writes_nothing(chain):
-    conflict_in_step_three(chain, "--dry-run")
     chain.edit(f"{ONE}/model.py", "line 2", "another line")
+    chain.edit(f"{ONE}/train.py", "line 9 of", "edit nine of")
     before = chain.everything()
     output = chain.run("carry", "--dry-run", fails=True)
     assert chain.everything() == before
@@ -285,11 +298,26 @@ def test_a_step_that_was_never_committed_receives_and_hands_on_nothing(chain):
 
 
 def test_what_was_carried_and_thrown_away_is_pointed_out_and_carried_anew(chain):
+    conflict_in_step_three(chain)
+    chain.write(f"{THREE}/train.py", DATA)
     chain.edit(f"{ONE}/model.py", "line 2", "another line")
     chain.run("carry")
-    chain.git("checkout", "--quiet", TWO, THREE, FOUR)
-    assert f"{TWO}/model.py  is as it was" in chain.run("carry")
-    chain.run("carry", "--anew")
+    chain.git("checkout", "--quiet", f"{TWO}/model.py")
+    assert f"{TWO}/model.py  has lost what was carried into it" in chain.run("carry")
+    chain.run("carry", "--anew", "model.py")
+    chain.run("carry")
+    assert len(set(chain.each("model.py"))) == 1 and chain.each("train.py")[2:] == [DATA, DATA]
+
+
+def test_what_was_carried_is_forgotten_with_the_commit_it_started_from(chain):
+    chain.edit(f"{ONE}/model.py", "line 2", "another line")
+    chain.run("carry")
+    chain.git("checkout", "--quiet", ".")
+    for step in STEPS:
+        chain.edit(f"{step}/model.py", "line 4", "a committed line")
+    chain.commit()
+    chain.edit(f"{ONE}/model.py", "line 2", "another line")
+    chain.run("carry")
     assert len(set(chain.each("model.py"))) == 1
 
 
@@ -302,17 +330,168 @@ def test_a_sound_chain_passes_with_a_line_for_each_step(chain):
     assert lines[1].split(maxsplit=1)[1] == "1 files changed  +1 -0  limit 40"
 
 
-def add_lines(count: int, file: str = "train.py"):
-    def change(chain: Chain, step: str):
-        chain.write(f"{step}/{file}", chain.read(f"{step}/{file}") + code("more", count))
+@pytest.mark.parametrize(
+    ("number", "room", "limit"), [(3, 59, 60), (4, 40, 40), (8, 40, 40), (9, 150, 150)]
+)
+def test_how_many_lines_a_step_may_add(chain, number, room, limit):
+    chain.lengthen(9)
+    chain.grow(number, "train.py", code("more", room))
+    chain.run("check")
+    chain.grow(number, "model.py", "another = 1\n")
+    expected = f"adds {limit + 1} lines to old files, {limit} are allowed"
+    assert expected in chain.run("check", fails=True)
 
-    return change
+
+def test_new_files_and_the_topic_of_step_eight_are_not_counted(chain):
+    chain.lengthen(8)
+    for number, name in ((7, "pipeline"), (8, "schedule")):
+        chain.write(f"step{number}_more/pipeline_parallel.py", code(name, 300))
+    assert "step8_more               1 files changed  +0 -0" in chain.run("check")
+
+
+BREAKS = {
+    "deletes more than it adds": (
+        lambda chain: chain.edit(f"{FOUR}/train.py", code("train", 1), ""),
+        f"{FOUR} deletes 1 lines of old files and adds only 0",
+    ),
+    "a long file": (
+        lambda chain: chain.write(f"{FOUR}/tools/long.py", code("long", 301)),
+        f"{FOUR}/tools/long.py has 301 lines, 300 are allowed",
+    ),
+    "a file brought back": (
+        lambda chain: chain.write(f"{FOUR}/toy.py", TOY),
+        f"{FOUR}/toy.py brings back what {THREE} dropped: the whole file",
+    ),
+    "a line brought back": (
+        lambda chain: chain.edit(f"{TWO}/model.py", code("model", 1), "model_01 = 1\n"),
+        f"{THREE}/model.py brings back what {TWO} dropped: {code('model', 1)}",
+    ),
+    "a flag that does nothing": (
+        lambda chain: chain.grow(
+            4, "train.py", FLAG.format('tp-size", dest="tp_size') + "args.tp_sizes\n"
+        ),
+        f"{FOUR}/train.py: --tp-size does nothing yet",
+    ),
+    "reformatting": (
+        lambda chain: chain.edit(f"{FOUR}/model.py", "model_02 =", "\nmodel_02  ="),
+        f"{FOUR}/model.py: reformatting only",
+    ),
+    "no README": (lambda chain: chain.delete(f"{TWO}/README.md"), f"{TWO}/README.md is missing"),
+    "no train.py": (lambda chain: chain.delete(f"{FOUR}/train.py"), f"{FOUR}/train.py is missing"),
+    "a gap": (
+        lambda chain: (chain.root / THREE).rename(chain.root / "later"),
+        "the steps are numbered [1, 2, 4]",
+    ),
+    "two of a number": (
+        lambda chain: (chain.root / THREE).rename(chain.root / "step2_again"),
+        "the steps are numbered [1, 2, 2, 4]",
+    ),
+    "not Python": (
+        lambda chain: chain.grow(4, "model.py", "a step in prose\n"),
+        f"{FOUR} has a file that is not Python",
+    ),
+}
+
+
+@pytest.mark.parametrize(("violate", "message"), BREAKS.values(), ids=BREAKS)
+def test_each_broken_rule_is_named(chain, violate, message):
+    violate(chain)
+    assert message in chain.run("check", fails=True)
+
+
+def test_what_the_rules_let_pass(chain):
+    chain.write(f"{FOUR}/long.py", code("long", 300))
+    chain.grow(3, "train.py", FLAG.format("tp-size") + FLAG.format("cp-size"))
+    chain.grow(3, "group.py", 'print(args.tp_size, getattr(args, "cp_size"))\n')
+    chain.edit(f"{FOUR}/data.py", "line 1", "another line")
+    for step in (THREE, FOUR):
+        chain.write(f"{step}/some.bin", f"\0 {step}")
+    moved = code("model", 5).removeprefix(code("model", 1)) + code("model", 1)
+    chain.write(f"{TWO}/model.py", moved)
+    for step, text in zip(STEPS, ("short = 1\n", "brief = 2\n", "short = 1\n"), strict=False):
+        chain.write(f"{step}/short.py", text)
+    chain.run("check")
+
+
+# ---- diff, table and the command line ------------------------------------------------------------
+
+
+def test_diff_shows_what_a_step_adds(chain):
+    output = chain.run("diff", "3")
+    assert f"--- a/{TWO}/train.py\n+++ b/{THREE}/train.py\n" in output
+    assert '\n+lesson = "the data' in output
+    assert f"--- /dev/null\n+++ b/{THREE}/data.py\n" in output
+    assert f"--- a/{TWO}/toy.py\n+++ /dev/null\n" in output
+    assert "model.py" not in output and chain.run("diff", "4") == ""
+
+
+def test_diff_counts_and_shows_the_readme_when_asked(chain):
+    chain.grow(3, "README.md", "A line.\n")
+    counts = "7\t0\tdata.py (new)\n0\t4\ttoy.py (deleted)\n1\t0\ttrain.py (changed)\n"
+    assert chain.run("diff", "3", "--stat") == counts
+    assert chain.run("diff", "3", "--stat", "--readme") == "1\t0\tREADME.md (changed)\n" + counts
+
+
+def test_diff_is_coloured_on_a_terminal(chain):
+    ours, theirs = os.openpty()
+    command = [sys.executable, str(TOOL), "diff", "2", "--root", str(chain.root)]
+    subprocess.run(command, stdout=theirs, env=ENVIRONMENT, check=True)
+    assert b"\x1b[" in os.read(ours, 100)
+
+
+TABLE_THREE = """\
+| file | what | added | deleted |
+|---|---|---:|---:|
+| `data.py` | new | 7 | 0 |
+| `train.py` | changed | 1 | 0 |
+| `toy.py` | deleted | 0 | 4 |
+| `group.py`, `model.py`, `tools/figure.py` | unchanged | | |
+"""
+
+
+def test_table_says_what_became_of_each_module(chain):
+    assert chain.run("table", "3") == TABLE_THREE
+    assert "| `train.py` | new | 14 | 0 |" in chain.run("table", "1")
+    assert f"{THREE}\n\n{TABLE_THREE}" in chain.run("table")
+
+
+def test_table_is_written_between_its_markers_and_checked(chain):
+    chain.write(f"{THREE}/README.md", f"above\n{MARKERS}below, <!-- chain:end -->\n")
+    assert chain.run("table", "3", "--write") == f"{THREE}/README.md  renewed\n"
+    begin, end = MARKERS.splitlines(keepends=True)
+    expected = f"above\n{begin}\n{TABLE_THREE}\n{end}below, {end}"
+    assert chain.read(f"{THREE}/README.md") == expected
+    assert chain.read(f"{TWO}/README.md") == MARKERS
+
+    chain.run("table", "--write")
+    assert chain.run("table", "--check") == ""
+    chain.grow(4, "train.py", "one_more = 1\n")
+    chain.write(f"{TWO}/README.md", "no markers\n")
+    output = chain.run("table", "--check", fails=True)
+    assert f"{FOUR}/README.md has an old table: run table 4 --write" in output
+    assert f"{TWO}/README.md lacks <!-- chain:begin -->" in output
+    assert ONE not in output and THREE not in output
 
 
 @pytest.mark.parametrize(
-    ("number", "file", "most"),
-    [(4, "train.py", 40), (3, "train.py", 60), (9, "train.py", 150), (8, "model.py", 40)],
+    ("arguments", "root", "remedy"),
+    [
+        ("diff 1", ".", "ask for step 2"),
+        ("diff 7", ".", f"choose one of {ONE}, {TWO}"),
+        ("diff many", ".", "diff --help"),
+        ("table 7", ".", f"choose one of {ONE}, {TWO}"),
+        ("carry nothing.py", ".", "no step has a file nothing.py to carry: check its name"),
+        ("carry --base nowhere", ".", "nowhere (check --root, and that there is a commit)"),
+        ("check", ONE, "name the repository that has them with --root"),
+        ("check", "..", "not a git repository"),
+        ("check", "nowhere", "check --root"),
+    ],
 )
-def test_the_lines_a_step_may_add(chain, number, file, most):
-    chain.lengthen(9)
-    ...
+def test_a_wrong_call_gets_one_line_that_says_what_to_do(chain, arguments, root, remedy):
+    assert remedy in chain.run(*arguments.split(), root=root, fails=True)
+
+
+def test_this_repository_keeps_its_chain():
+    for command in (["check"], ["table", "--check"]):
+        done = subprocess.run([sys.executable, str(TOOL), *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,79 @@
+"""Which step's code a test runs on: all of them, or the reader's own with --step-dir."""
+
+import re
+from pathlib import Path
+
+import pytest
+from harness import Run, World, run_steps
+
+ROOT = Path(__file__).parents[1]
+
+
+def step_number(path):
+    found = re.match(r"step(\d+)", Path(path).name)
+    if not found or not (Path(path) / "train.py").is_file():
+        raise pytest.UsageError(f"--step-dir {path}: not a directory stepN_… with a train.py")
+    return int(found[1])
+
+
+def pytest_addoption(parser):
+    parser.addoption("--step-dir", type=Path, help="check this version of a step, and only it")
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers",
+        "steps(first, last): the steps that a test runs on; with --step-dir, any from the first on",
+    )
+
+
+def pytest_generate_tests(metafunc):
+    if "step_dir" not in metafunc.fixturenames:
+        return
+    marker = metafunc.definition.get_closest_marker("steps")
+    first, last = (*marker.args, 99)[:2] if marker else (1, 99)
+    own = metafunc.config.getoption("--step-dir")
+    if own:  # what an early step shows once, later ones still have to do
+        chosen = [own.absolute()] if first <= step_number(own) else []
+    else:
+        paths = sorted(ROOT.glob("step[0-9]_*"))
+        chosen = [path for path in paths if first <= step_number(path) <= last]
+    metafunc.parametrize("step_dir", chosen, ids=lambda path: path.name, scope="session")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--step-dir"):
+        others = [item for item in items if "step_dir" not in item.fixturenames]
+        items[:] = [item for item in items if "step_dir" in item.fixturenames]
+        config.hook.pytest_deselected(items=others)
+
+
+@pytest.fixture(scope="session")
+def worlds():
+    """worlds(step_dir, size): a World that later tests use again."""
+    made = {}
+
+    def get(step_dir, size):
+        if (step_dir, size) not in made:
+            made[step_dir, size] = World(step_dir, size)
+        return made[step_dir, size]
+
+    yield get
+    for world in made.values():
+        world.close()
+
+
+@pytest.fixture(scope="session")
+def train_on(worlds):
+    """train_on(step_dir, size, argv, steps): a Run of that step's code on `size` ranks.
+
+    break_it: the name of a mistake in `breaks.py` to make on purpose.
+    """
+
+    def train(step_dir, size, argv, steps, break_it=None):
+        if break_it:  # in processes of its own: what it spoils stays spoiled
+            with World(step_dir, size) as world:
+                return Run(world.run(run_steps, argv.split(), steps, break_it))
+        return Run(worlds(step_dir, size).run(run_steps, argv.split(), steps))
+
+    return train

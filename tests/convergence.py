@@ -1,0 +1,136 @@
+"""The sanity check of every step: all layouts train the same model, step by step.
+
+    python tests/convergence.py                                   # splits of the batch, float64
+    python tests/convergence.py --dtype float32 --figure assets/convergence.png
+    python tests/convergence.py "step3_dataloader --micro_batch_size 2"
+
+Each RUN is a step's directory and flags of its layout. Every run is launched as a reader would,
+trains on the same global batch, and is compared with the first step's worth of code that reads
+data, `step3_dataloader` in one process. Prints a table; exits with 1 outside the bounds.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+from launch import flag, launch, machine, ranks_of, sequences_of, table
+
+ROOT = Path(__file__).parents[1]
+BASELINE = "step3_dataloader"
+# dtype: steps, bound of |difference of loss|, bound of |relative difference of gradient norm|.
+# In float64 the loss's bound is relative too.
+BOUNDS = {"float64": (20, 1e-10, 1e-10), "float32": (200, 5e-5, 1e-4)}
+SPLITS = [
+    f"{BASELINE} --micro_batch_size {8 // count} --gradient_accumulation_steps {count}"
+    for count in (2, 4, 8)
+]
+COMMON = (
+    "--num_hidden_layers 4 --seq_len 64 --learning_rate 1e-3 --warmup_steps 10 --device {device} "
+    "--dtype {dtype} --max_tokens {tokens} --dataset_name {data} {flags}"
+)
+
+
+def train(run, common, plant=None, step_dir=None):
+    """Launch one RUN; its list of metrics. Exits with the program's own words if it fails."""
+    step, _, flags = run.partition(" ")
+    through = (ROOT / "tests" / "breaks.py", plant) if plant else ()
+    result = launch(step_dir or ROOT / step, f"{common} {flags}", ranks_of(flags), through)
+    if result.code:
+        words = "\n".join([result.out[-500:], *result.errors])
+        sys.exit(f"error: {run} ended with code {result.code}:\n{words}")
+    return result.metrics
+
+
+def compare(reference, metrics, dtype):
+    """Largest differences of loss and gradient norm over the steps, as the bounds count them."""
+    assert [m["step"] for m in reference] == [m["step"] for m in metrics], "other steps"
+    pairs = list(zip(reference, metrics, strict=True))
+    relative = dtype == "float64"
+    loss = max(abs(a["loss"] - b["loss"]) / (a["loss"] if relative else 1) for a, b in pairs)
+    norm = max(abs(a["grad_norm"] - b["grad_norm"]) / a["grad_norm"] for a, b in pairs)
+    return loss, norm
+
+
+def speed(metrics):
+    return statistics.median(m["tokens_per_second"] for m in metrics[len(metrics) // 4 :])
+
+
+def draw(reference, curves, path, title):
+    """Overlaid loss curves, and below them their distance from the baseline on a log axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True)
+    steps = [m["step"] for m in reference]
+    losses = [m["loss"] for m in reference]
+    top.plot(steps, losses, "k", linewidth=4, alpha=0.25, label=f"baseline, {BASELINE}")
+    for name, metrics in curves.items():
+        (line,) = top.plot(steps, [m["loss"] for m in metrics], linewidth=1, label=name)
+        gap = [abs(a - b["loss"]) for a, b in zip(losses, metrics, strict=True)]
+        bottom.plot(steps, [max(g, 1e-17) for g in gap], color=line.get_color(), linewidth=1)
+    top.set_ylabel("loss (nats per byte)")
+    top.legend(fontsize=7)
+    bottom.set_yscale("log")
+    bottom.set_ylabel("|difference of loss| to the baseline")
+    bottom.set_xlabel("step")
+    bottom.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="*", default=SPLITS, metavar="RUN")
+    parser.add_argument("--dtype", choices=BOUNDS, default="float64")
+    parser.add_argument("--steps", type=int, help="default: 20 in float64, 200 in float32")
+    parser.add_argument("--sequences", type=int, default=8, help="global batch size")
+    parser.add_argument("--dataset_name", default="python-stdlib")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--flags", default="", help="further flags for every run, in quotes")
+    parser.add_argument("--figure", type=Path, help="write the curves to this image")
+    parser.add_argument("--plant", help="a function of breaks.py, for every run but the baseline")
+    options = parser.parse_args()
+
+    steps, loss_bound, norm_bound = BOUNDS[options.dtype]
+    steps = options.steps or steps
+    for run in options.runs:
+        if sequences_of(run) != options.sequences:
+            sys.exit(f"error: {run}: {sequences_of(run)} sequences a step, not {options.sequences}")
+        if not (ROOT / run.split()[0] / "train.py").is_file():
+            sys.exit(f"error: {run}: no {run.split()[0]}/train.py; name a step's directory first")
+    common = COMMON.format(
+        device=options.device,
+        dtype=options.dtype,
+        tokens=steps * options.sequences * flag(options.flags, "seq_len", 64),
+        data=options.dataset_name,
+        flags=options.flags,
+    )
+    base = f"{BASELINE} --micro_batch_size {options.sequences}"
+    print(f"{options.dtype}, {steps} steps, {machine()}\nflags of all runs: {common}\n", flush=True)
+    reference, curves = train(base, common), {}
+    rows, failed = [[*base.split(" ", 1), 1, "", "", f"{speed(reference):,.0f}", "baseline"]], False
+    for run in options.runs:
+        curves[run] = train(run, common, options.plant)
+        loss, norm = compare(reference, curves[run], options.dtype)
+        good = loss <= loss_bound and norm <= norm_bound
+        failed |= not good
+        step, _, layout = run.partition(" ")
+        row = [step, layout, ranks_of(run), f"{loss:.1e}", f"{norm:.1e}"]
+        rows.append([*row, f"{speed(curves[run]):,.0f}", "ok" if good else "OUTSIDE"])
+    relative = "relative " if options.dtype == "float64" else ""
+    headers = ["step", "layout", "ranks", f"max {relative}Δ loss", "max relative Δ grad norm"]
+    print(table([*headers, "tokens/s", ""], rows))
+    print(f"\nbounds: loss {loss_bound:.0e}, gradient norm {norm_bound:.0e}")
+    if options.figure:
+        draw(reference, curves, options.figure, f"{options.dtype}, {machine()}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Start a step as a reader does, with `python` or `torchrun`, and collect what it said."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass
+class Result:
+    code: int
+    out: str  # of the first rank
+    errors: list  # each rank's own standard error, without the launcher's
+    seconds: float
+    metrics: list  # a dict a step
+
+
+def flag(argv, name, default):
+    """The whole number that a command line gives for --name."""
+    found = re.search(rf"--{name}[ =](\d+)", argv)
+    return int(found[1]) if found else default
+
+
+def sequences_of(argv):
+    """Global batch size of a run, in sequences."""
+    names = {"micro_batch_size": 4, "gradient_accumulation_steps": 1, "dp_size": 1}
+    return math.prod(flag(argv, name, default) for name, default in names.items())
+
+
+def ranks_of(argv):
+    """World size of a command line: the product of the sizes in it."""
+    return math.prod(flag(argv, f"{axis}_size", 1) for axis in ("tp", "cp", "dp", "pp"))
+
+
+def launch(step_dir, argv, ranks=None, through=(), timeout=300, **environment):
+    """Run `train.py argv` on as many ranks as its sizes say, or `ranks`; never raises on failure.
+
+    through: a script and its arguments, put before train.py. Under torchrun each rank gets one
+    thread, as torchrun does; a single process may use all cores.
+    """
+    ranks = ranks or ranks_of(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = Path(folder) / "metrics.jsonl"
+        command = [*map(str, through), str(Path(step_dir).absolute() / "train.py"), *argv.split()]
+        command += ["--metrics_file", str(metrics)] * ("--metrics_file" not in argv)
+        logs = Path(folder) / "logs"
+        start = [sys.executable]
+        if ranks > 1:
+            start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+            start += ["--log-dir", str(logs), "--redirects", "3"]
+        begun = time.monotonic()
+        done = subprocess.run(
+            [*start, *command],
+            cwd=folder,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        seconds = time.monotonic() - begun
+        out, errors = done.stdout, [done.stderr]
+        if ranks > 1:
+            out = "".join(path.read_text() for path in logs.glob("*/*/0/stdout.log"))
+            errors = [path.read_text() for path in sorted(logs.glob("*/*/*/stderr.log"))]
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        metrics = [json.loads(line) for line in lines]
+        return Result(done.returncode, out, errors, seconds, metrics)
+
+
+def machine():
+    """One line that says what the figures were measured on."""
+    if torch.cuda.is_available():
+        where = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    else:
+        lines = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        names = [line.split(":")[1].strip() for line in lines.splitlines() if "model name" in line]
+        where = f"{os.cpu_count()} cores{' of ' + names[0] if names else ''}"
+    version = ".".join(map(str, sys.version_info[:2]))
+    return f"{where}, torch {torch.__version__}, Python {version}, {time.strftime('%Y-%m-%d')}"
+
+
+def table(headers, rows):
+    """A Markdown table."""
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -1,0 +1,118 @@
+"""The mesh, its groups and the collectives, on real gloo ranks."""
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+import workers
+from harness import RankError, World
+
+pytestmark = pytest.mark.steps(2, 2)
+AXES = ("pp", "dp", "cp", "tp")  # slowest first
+
+
+def line(coordinates, sizes, axes):
+    """The ranks that share all coordinates but those along axes, in order: written anew."""
+    ranks = []
+    for places in itertools.product(*(range(sizes[axis]) for axis in AXES)):
+        if all(p == c or a in axes for a, p, c in zip(AXES, places, coordinates, strict=True)):
+            rank = 0
+            for axis, place in zip(AXES, places, strict=True):
+                rank = rank * sizes[axis] + place
+            ranks.append(rank)
+    return ranks
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"tp": 1, "cp": 1, "dp": 1, "pp": 1},
+        {"tp": 1, "cp": 1, "dp": 3, "pp": 1},
+        {"tp": 2, "cp": 3, "dp": 1, "pp": 1},
+        {"tp": 2, "cp": 1, "dp": 2, "pp": 2},
+        {"tp": 1, "cp": 2, "dp": 4, "pp": 1},
+        {"tp": 2, "cp": 2, "dp": 2, "pp": 2},
+    ],
+    ids=lambda sizes: "x".join(str(sizes[axis]) for axis in AXES),
+)
+def test_every_rank_finds_its_lines(step_dir, sizes):
+    count = np.prod(list(sizes.values()))
+    with World(step_dir, int(count)) as world:
+        results = world.run(workers.mesh_of, sizes)
+    for rank, (groups, text, first) in enumerate(results):
+        coordinates = np.unravel_index(rank, [sizes[axis] for axis in AXES])
+        assert first == (rank == 0)
+        for axes, group in groups.items():
+            ranks = line(coordinates, sizes, axes)
+            place = ranks.index(rank)
+            assert group == {
+                "axis": "_".join(axis for axis in AXES if axis in axes),
+                "ranks": tuple(ranks),
+                "rank": place,
+                "next": ranks[(place + 1) % len(ranks)],
+                "previous": ranks[place - 1],
+                "first": place == 0,
+                "last": place == len(ranks) - 1,
+            }
+        rows = text.splitlines()[1:]
+        assert len(rows) == count / sizes["tp"]
+        assert [int(cell) for row in rows for cell in row.split("|")[1].split()] == [*range(count)]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_collectives_and_their_ledger(step_dir, worlds, dtype):
+    results = worlds(step_dir, 3).run(workers.collectives, dtype)
+    rows = np.arange(6.0).reshape(3, 2)
+    each = [rows + 10 * rank for rank in range(3)]
+    for rank, (found, counted) in enumerate(results):
+        expected = {
+            "all_reduce": sum(each),
+            "all_reduce max": each[2],
+            "all_reduce later": sum(each),
+            "all_gather": np.concatenate(each),
+            "all_gather later": np.concatenate(each),
+            "reduce_scatter": sum(each)[rank : rank + 1],
+            "reduce_scatter later": sum(each)[rank : rank + 1],
+            "broadcast": each[1],
+            "exchange": each[rank - 1],
+            "largest": 7,
+            "from_first": 100,
+        }
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert np.array_equal(found[name], expected[name]), (rank, name)
+        size = 6 * {"float64": 8, "float32": 4, "bfloat16": 2}[dtype]
+        assert counted == {
+            ("tp", "all_reduce"): [3, 3 * size],
+            ("tp", "all_gather"): [2, 2 * 3 * size],
+            ("tp", "reduce_scatter"): [2, 2 * size],
+            ("tp", "broadcast"): [1, size],
+            ("tp", "send"): [1, size],
+        }
+
+
+def test_an_error_of_the_first_rank_is_everyones(step_dir, worlds):
+    assert worlds(step_dir, 3).run(workers.error_on_the_first_rank) == ["only here"] * 3
+
+
+@pytest.mark.parametrize("spoiled", [None, 1, 2])
+def test_replicas_are_compared_bit_for_bit(step_dir, worlds, spoiled):
+    said = worlds(step_dir, 3).run(workers.replicas, spoiled)
+    for rank, words in enumerate(said):
+        expected = f"model.norm.weight differs on rank {rank}" if rank == spoiled else None
+        assert words is None if expected is None else "differs" in words
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [("raise", "this rank has had enough"), ("die", "rank 1 of 2 died"), ("hang", "took over 3 s")],
+)
+def test_the_harness_shows_a_failing_rank_and_never_hangs(step_dir, how, words):
+    with World(step_dir, 2) as world:
+        world.run(workers.fail_on, None, how)
+        begun = time.monotonic()
+        with pytest.raises(RankError, match=words):
+            world.run(workers.fail_on, 1, how, timeout=3 if how == "hang" else 60)
+        assert time.monotonic() - begun < 15
+        world.run(workers.fail_on, None, how)  # it starts again by itself

@@ -1,0 +1,405 @@
+"""Functions that the tests run inside a `World`: there, `import train` is the step's own code."""
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode  # the public way to see every operator
+
+RMS_SHAPES = [(1, 3), (3, 5), (2, 7, 33), (4, 128), (300, 17), (2, 3, 2049)]
+
+
+def build(argv):
+    """The state of a run before its first step."""
+    import train
+
+    return train.setup(train.parse_args(argv.split()))
+
+
+def tiny_config(**fields):
+    """A `transformers.LlamaConfig` with random small fields put over it."""
+    from transformers import LlamaConfig
+
+    defaults = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80,
+                "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
+                "max_position_embeddings": 64, "rms_norm_eps": 1e-5}  # fmt: skip
+    return LlamaConfig(**{**defaults, **fields})
+
+
+def against_transformers(fields, dtype):
+    """Logits and the summed loss of our model and of LlamaForCausalLM with the same weights.
+
+    Returns (ours, theirs, our loss, their loss) after weights went from theirs to ours by
+    `load_state_dict`, and back.
+    """
+    from transformers import LlamaForCausalLM
+
+    from model import Llama, materialize
+
+    dtype = getattr(torch, dtype)
+    config = tiny_config(**fields)
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM._from_config(config, attn_implementation="sdpa").to(dtype)
+    if dtype == torch.float64:
+        upcast_in_float64(theirs)
+    with torch.device("meta"):
+        ours = Llama(config, dtype)
+    materialize(ours, 1, torch.device("cpu"))
+    ours.load_state_dict(theirs.state_dict())
+    before = {name: weight.clone() for name, weight in theirs.state_dict().items()}
+    theirs.load_state_dict(ours.state_dict())
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+    tokens = torch.randint(config.vocab_size, (2, 24))
+    positions = torch.arange(24)
+    with torch.no_grad():
+        our_logits = ours.lm_head(ours.model(tokens, positions))
+        their_logits = theirs(tokens).logits
+        loss = ours(tokens[:, :-1], tokens[:, 1:], positions[:-1])
+        their_loss = theirs(tokens, labels=tokens).loss * tokens[:, 1:].numel()
+    return our_logits.numpy(), their_logits.numpy(), loss.item(), their_loss.item()
+
+
+def upcast_in_float64(model):
+    """Where transformers computes in float32 whatever the dtype, put the same formula in float64.
+
+    The frequencies are transformers' own, but from its formula in float32; so its rotary table is
+    replaced by one of the oracle's float64 frequencies, which another test compares with its own.
+    """
+    import numpy_llama
+
+    frequencies = torch.from_numpy(numpy_llama.inverse_frequencies(model.config))
+
+    class Rotary(torch.nn.Module):
+        def forward(self, x, position_ids):
+            angles = position_ids[..., None].double() * frequencies
+            angles = torch.cat([angles, angles], dim=-1)
+            return angles.cos(), angles.sin()
+
+    model.model.rotary_emb = Rotary()
+    for module in model.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.forward = lambda x, m=module: (
+                m.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + m.variance_epsilon))
+            )
+
+
+def frequencies(fields):
+    """Inverse frequencies: our model's, and those of transformers (float32 inside)."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    from model import inverse_frequencies
+
+    config = tiny_config(**fields)
+    ours = inverse_frequencies(config, torch.device("cpu"))
+    return ours.numpy(), LlamaRotaryEmbedding(config).inv_freq.numpy()
+
+
+def initial_weights(argv):
+    """{name: array} of a fresh model."""
+    state = build(argv)
+    return {p.global_name: p.detach().double().numpy() for p in state.model.parameters()}
+
+
+class Dtypes(TorchDispatchMode):
+    """Records the dtype of each tensor that any operator takes or returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for leaf in torch.utils._pytree.tree_leaves((args, kwargs, out)):
+            if isinstance(leaf, torch.Tensor):
+                self.seen.setdefault(leaf.dtype, set()).add(str(function))
+        return out
+
+
+def dtypes_of_a_step(argv):
+    """{dtype: operators} of a step, the optimizer's update apart; dtypes of the state by kind."""
+    import train
+
+    state = build(argv)
+    with Dtypes() as dtypes:
+        train.forward_backward(state)
+        train.gradient_norm(state.parameters, state.model.parameter_names)
+    train.train_step(state)
+    moments = [value for entry in state.optimizer.state.values() for value in entry.values()]
+    return {str(dtype): sorted(names) for dtype, names in dtypes.seen.items()}, {
+        "weights": {str(p.dtype) for p in state.parameters},
+        "gradients": {str(p.grad.dtype) for p in state.parameters},
+        "optimizer": {str(moment.dtype) for moment in moments if moment.dim()},
+    }
+
+
+def attention_error(dtype, heads, kv_heads, device="cpu"):
+    """Forward and backward of `causal_attention` against a plain float64 one; names of kernels.
+
+    Returns (relative error, {kernel names}).
+    """
+    from torch.profiler import profile
+
+    from model import causal_attention
+
+    dtype = getattr(torch, dtype)
+    torch.manual_seed(0)
+    shapes = [(2, 37, heads, 16), (2, 37, kv_heads, 16), (2, 37, kv_heads, 16)]
+    q, k, v = (torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes)
+    with profile() as trace:
+        out = causal_attention(q, k, v)
+        out.square().sum().backward()
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    wide = [t.repeat_interleave(heads // t.shape[2], dim=2) for t in exact]
+    scores = torch.einsum("bqhd,bkhd->bhqk", wide[0], wide[1]) / 4  # sqrt(16)
+    hidden = torch.ones(37, 37, dtype=torch.bool, device=device).triu(1)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    reference = torch.einsum("bhqk,bkhd->bqhd", weights, wide[2])
+    reference.square().sum().backward()
+    pairs = [(out, reference), *((t.grad, e.grad) for t, e in zip((q, k, v), exact, strict=True))]
+    error = max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
+    return error, {event.key for event in trace.key_averages()}
+
+
+def triton_rms_norm(dtype, device="cpu"):
+    """Largest relative errors of the Triton kernels against float64, {shape: error}."""
+    from rms_norm import TritonRMSNorm
+
+    errors = {}
+    for shape in RMS_SHAPES:
+        torch.manual_seed(0)
+        x = torch.randn(shape, device=device, dtype=getattr(torch, dtype), requires_grad=True)
+        weights_dtype = torch.promote_types(x.dtype, torch.float32)
+        weight = torch.randn(shape[-1], device=device, dtype=weights_dtype, requires_grad=True)
+        dy = torch.randn_like(x)
+        y = TritonRMSNorm.apply(x, weight, 1e-5)
+        y.backward(dy)
+        exact_x, exact_w = (t.detach().double().requires_grad_() for t in (x, weight))
+        exact = torch.nn.functional.rms_norm(exact_x, exact_w.shape, exact_w, 1e-5)
+        exact.backward(dy.double())
+        pairs = [(y, exact), (x.grad, exact_x.grad), (weight.grad, exact_w.grad)]
+        errors[shape] = max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
+    return errors
+
+
+def saved_bytes(argv):
+    """Bytes that autograd keeps of one micro-batch's forward pass, weights apart."""
+    state = build(argv)
+    weights = {p.data_ptr() for p in state.model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    data = getattr(state, "data", None)
+    batch = next(data.micro_batches(0)) if data else state.batch
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = state.model(*batch)
+    assert loss.requires_grad
+    return sum(kept.values())
+
+
+def optimizer_groups(argv):
+    """[(weight decay, {dims of its parameters})]."""
+    state = build(argv)
+    return [
+        (group["weight_decay"], {p.dim() for p in group["params"]})
+        for group in state.optimizer.param_groups
+    ]
+
+
+def learning_rates(argv, steps):
+    import train
+
+    args = train.parse_args(argv.split())
+    return args.total_steps, [train.learning_rate_at(step, args) for step in steps]
+
+
+def flops_and_peak(argv, gpu_name):
+    """(FLOP a token, number of parameters, peak FLOP/s of a GPU of that name)."""
+    import metrics
+
+    state = build(argv)
+    torch.cuda.get_device_name = lambda device: gpu_name
+    count = sum(p.full_shape.numel() for p in state.model.parameters())
+    flops = metrics.flops_per_token(state.model, state.args.seq_len)
+    return flops, count, metrics.peak_flops(torch.device("cuda"))
+
+
+def metas_before_materialize():
+    """What a model built on the meta device holds: devices, and global names in model order."""
+    from model import Llama
+
+    with torch.device("meta"):
+        model = Llama(tiny_config(tie_word_embeddings=True))
+    names = [p.global_name for p in model.parameters()]
+    slices = [p.held for p in model.parameters()]
+    shapes = [tuple(p.full_shape) for p in model.parameters()]
+    return {p.device.type for p in model.parameters()}, names, slices, shapes
+
+
+def continued(argv, stop, steps):
+    """Metrics and final weights of `steps` steps in one go, and stopped and rebuilt after `stop`.
+
+    What is carried over: weights, optimizer state, the number of the step.
+    """
+    import copy
+
+    import torch.distributed as dist
+
+    import train
+
+    def run(state, until):
+        metrics = []
+        while state.step < until:
+            metrics.append(train.train_step(state))
+        return [{k: m[k] for k in m if k != "memory_gb"} for m in metrics]
+
+    def weights(state):
+        return [p.detach().numpy().copy() for p in state.parameters]
+
+    def leave():
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    state = build(argv)
+    whole = run(state, steps), weights(state)
+    leave()
+    state = build(argv)
+    first = run(state, stop)
+    kept = copy.deepcopy((state.model.state_dict(), state.optimizer.state_dict(), state.step))
+    leave()
+    state = build(argv + " --num_workers 2" if "--dataset_name" in argv else argv)
+    state.model.load_state_dict(kept[0])
+    state.optimizer.load_state_dict(kept[1])
+    state.step = kept[2]
+    resumed = first + run(state, steps), weights(state)
+    leave()
+    same = all(np.array_equal(a, b) for a, b in zip(whole[1], resumed[1], strict=True))
+    return whole[0], resumed[0], same
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+def mesh_of(sizes):
+    """What each rank of a mesh knows of its place, axis by axis and for the combined groups."""
+    import process_group as pg
+
+    pg.init_processes("cpu")
+    mesh = pg.Mesh(**sizes)
+    groups = {}
+    for axes in [("tp",), ("cp",), ("dp",), ("pp",), ("dp", "cp"), ("tp", "pp")]:
+        group = mesh.group(*axes)
+        assert mesh.group(*reversed(axes)) is group, "asked twice, made once"
+        total = pg.all_reduce(torch.tensor([2.0**mesh.rank], dtype=torch.float64), group)
+        members = [rank for rank in range(len(mesh.grid.flatten())) if int(total) >> rank & 1]
+        assert members == sorted(group.ranks), "the group that communicates is the one named"
+        groups[axes] = {
+            "axis": group.axis,
+            "ranks": group.ranks,
+            "rank": group.rank,
+            "next": group.next,
+            "previous": group.previous,
+            "first": group.is_first,
+            "last": group.is_last,
+        }
+    return groups, str(mesh), mesh.world.is_first
+
+
+def collectives(dtype):
+    """Every collective on a group of three, and on one rank alone: {name: array of this rank}."""
+    import ledger
+    import process_group as pg
+
+    pg.init_processes("cpu")
+    mesh = pg.Mesh(tp=3)
+    group, alone = mesh.group("tp"), mesh.group("dp")
+    rank, dtype = group.rank, getattr(torch, dtype)
+
+    def mine(rows=3):  # other numbers on every rank and in every row
+        return torch.arange(rows * 2, dtype=dtype).view(rows, 2) + 10 * rank
+
+    found = {}
+    with ledger.recorded() as counted:
+        x = mine()
+        assert pg.all_reduce(x, group) is x
+        found["all_reduce"] = x
+        found["all_reduce max"] = pg.all_reduce(mine(), group, pg.ReduceOp.MAX)
+        x = mine()
+        pg.all_reduce(x, group, async_op=True).wait()
+        found["all_reduce later"] = x
+        found["all_gather"] = pg.all_gather(mine(), group)
+        out, work = pg.all_gather(mine(), group, async_op=True)
+        work.wait()
+        found["all_gather later"] = out
+        found["reduce_scatter"] = pg.reduce_scatter(mine(), group)
+        out, work = pg.reduce_scatter(mine(), group, async_op=True)
+        work.wait()
+        found["reduce_scatter later"] = out
+        found["broadcast"] = pg.broadcast(mine(), group, source=1)
+        arrived = torch.empty(3, 2, dtype=dtype)
+        for work in pg.exchange(group, [(mine(), group.next)], [(arrived, group.previous)]):
+            work.wait()
+        found["exchange"] = arrived
+        for collective in (pg.all_reduce, pg.all_gather, pg.reduce_scatter, pg.broadcast):
+            assert torch.equal(collective(mine(), alone), mine()), "nothing to do on a group of one"
+            try:
+                collective(mine(4)[:, :1], group)
+            except AssertionError as error:
+                assert "slice" in str(error)
+            else:
+                raise AssertionError(f"{collective.__name__} took a slice")
+    found["largest"] = torch.tensor(pg.largest(7 - rank, group, "cpu"))
+    found["from_first"] = torch.tensor(pg.from_first(group, lambda: 100 + rank))
+    return {name: value.double().numpy() for name, value in found.items()}, dict(counted)
+
+
+def error_on_the_first_rank():
+    """The text of an error that only the first rank met, as every rank sees it."""
+    import process_group as pg
+    from errors import UserError
+
+    pg.init_processes("cpu")
+
+    def fail():
+        raise UserError("only here")
+
+    try:
+        pg.from_first(pg.Mesh(tp=pg.world_size()).world, fail)
+    except UserError as error:
+        return str(error)
+
+
+def replicas(spoiled_rank):
+    """Whether assert_replicas_equal speaks up when one weight of one rank moved by one bit."""
+    import process_group as pg
+
+    state = build("--num_hidden_layers 1 --seq_len 8")
+    group = state.mesh.group("dp")
+    if group.rank == spoiled_rank:
+        with torch.no_grad():
+            weight = state.parameters[-1].view(-1)
+            weight[3] = torch.nextafter(weight[3], weight[3] + 1)
+    try:
+        pg.assert_replicas_equal(state.parameters, group)
+    except AssertionError as error:
+        return str(error)
+
+
+def fail_on(bad_rank, how):
+    """Fail on one rank while the others wait for it."""
+    import os
+    import time
+
+    import process_group as pg
+
+    pg.init_processes("cpu")
+    if pg.dist.get_rank() == bad_rank:
+        if how == "raise":
+            raise ValueError("this rank has had enough")
+        if how == "die":
+            os.kill(os.getpid(), 9)
+        time.sleep(60)
+    pg.dist.barrier()
