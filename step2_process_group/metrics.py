@@ -6,6 +6,8 @@ import time
 
 import torch
 
+from errors import UserError, first_line
+
 # Dense bfloat16 FLOP/s by what the GPU's name contains; from the vendors' data sheets.
 PEAK_FLOPS = {
     "B200": 2250e12,
@@ -51,9 +53,13 @@ class Metrics:
         if args.use_wandb:
             import wandb
 
-            self.wandb = wandb.init(
-                project="four-d-from-scratch", name=args.run_name, config=vars(args)
-            )
+            try:
+                self.wandb = wandb.init(
+                    project="four-d-from-scratch", name=args.run_name, config=vars(args)
+                )
+            except wandb.Error as error:
+                words = first_line(error)
+                raise UserError(f"--use_wandb: {words} (or set WANDB_MODE=offline)") from None
         self.tokens = 0
         self.clock = time.perf_counter()
 

@@ -21,7 +21,7 @@ from presets import PRESETS, skip_unreachable_hub
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "four-d-from-scratch"
 LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 SAVED_TO_DISK = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves in its folder
-NO_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
 
 
 def load_tokens(args, world, device):
@@ -57,7 +57,9 @@ def tokenised(args):
     key += [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     folder = CACHE / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     if not folder.exists():
-        texts = load_texts(args, files)
+        local = tokenizer_name == "bytes" or Path(tokenizer_name).is_dir()
+        offline = not (files and local) and skip_unreachable_hub()  # before what talks to it
+        texts = load_texts(args, files, offline)
         tokenizer = load_tokenizer(tokenizer_name)
         CACHE.mkdir(parents=True, exist_ok=True)
         # Complete or absent: written aside, then renamed.
@@ -77,14 +79,14 @@ def local_files(name):
     Raises UserError for what looks like a path and is not there, or holds no text.
     """
     if name == "python-stdlib":
-        root = Path(sysconfig.get_path("stdlib"))
-        files = sorted(root.rglob("*.py"))
-        return [f for f in files if not NO_LIBRARY.intersection(f.relative_to(root).parts)]
+        return library_files()
     path = Path(name).expanduser()
     if any((path / marker).exists() for marker in SAVED_TO_DISK):
         return sorted(file for file in path.rglob("*") if file.is_file())
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
     known = [file for file in files if file.suffix in LOADERS]
+    if len({LOADERS[file.suffix] for file in known}) > 1:
+        raise UserError(f"--dataset_name {name}: texts, JSON and parquet together; name one kind")
     if path.exists() and not known:
         raise UserError(f"--dataset_name {name}: no file with one of the endings {[*LOADERS]}")
     if not path.exists() and (path.suffix in LOADERS or name.count("/") > 1 or name[0] in "./~"):
@@ -92,13 +94,22 @@ def local_files(name):
     return known
 
 
-def load_texts(args, files):
+def library_files():
+    """The source files of the running interpreter's standard library, in order."""
+    files = []
+    for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
+        folders[:] = set(folders) - NOT_LIBRARY  # walk into the others only
+        files += [Path(folder) / name for name in names if name.endswith(".py")]
+    return sorted(files)
+
+
+def load_texts(args, files, offline):
     """The data set as `datasets.Dataset` with the texts in `--text_column`."""
     name, path = args.dataset_name, Path(args.dataset_name).expanduser()
-    offline = not files and skip_unreachable_hub()
     import datasets
 
     datasets.disable_caching()  # of intermediate results; ours is the one that is kept
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is ours to say
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
@@ -108,13 +119,13 @@ def load_texts(args, files):
         if any((path / marker).exists() for marker in SAVED_TO_DISK):
             found = datasets.load_from_disk(str(path))
         elif files:
-            (kind,) = {LOADERS[file.suffix] for file in files}
+            kind = LOADERS[files[0].suffix]
             whole = {"sample_by": "document"} if kind == "text" else {}
             found = datasets.load_dataset(kind, data_files=[*map(str, files)], **whole)
         else:
             found = datasets.load_dataset(name, args.dataset_config)
     except Exception as error:
-        remedy = "; the hub can't be reached: name a local file" if offline else ""
+        remedy = " (or name a local file)" if offline else ""
         raise UserError(f"--dataset_name {name}: {first_line(error)}{remedy}") from None
     if isinstance(found, datasets.DatasetDict):
         found = found["train"] if "train" in found else next(iter(found.values()))
@@ -129,8 +140,6 @@ def load_tokenizer(name):
     """A `transformers` tokenizer: `bytes`, a directory, or a hub id."""
     if name == "bytes":
         return byte_tokenizer()
-    if not Path(name).is_dir():
-        skip_unreachable_hub()
     from transformers import AutoTokenizer
 
     try:
@@ -145,30 +154,30 @@ def load_tokenizer(name):
 
 
 def byte_tokenizer():
-    """256 symbols, each byte its own id; byte 0 ends a document.
+    """256 symbols, each byte its own id; byte 0 ends a document and is dropped from texts.
 
     Byte-level BPE (GPT-2, section 2.2) without a single merge: the vocabulary is its alphabet,
     which writes each byte as one printable character.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     symbols = {chr(byte): byte for byte in printable}
-    symbols |= {chr(256 + index): byte for index, byte in enumerate(others)}
+    symbols |= {chr(256 + index): byte for index, byte in enumerate(others) if byte}
+    symbols["\0"] = 0  # by itself: as a printable character it would also match that character
     tokenizer = Tokenizer(models.BPE(vocab=symbols, merges=[]))
-    tokenizer.normalizer = normalizers.Replace("\0", "")
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=chr(256))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="\0")
 
 
 def encode(texts, tokenizer, args):
     """Tokenise every document and end it with the end token; a chunked Arrow array of lists."""
 
     def tokenise(batch):
-        batch = [text or "" for text in batch[args.text_column]]
+        batch = [(text or "").replace("\0", "") for text in batch[args.text_column]]
         ids = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
         return {"ids": [np.array([*i, tokenizer.eos_token_id], dtype=np.uint32) for i in ids]}
 

@@ -6,6 +6,7 @@ all that has to be saved to go on from here.
 """
 
 import hashlib
+import itertools
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -51,10 +52,10 @@ class Order:
             self.shuffled = torch.randperm(self.count, generator=generator).numpy()
         return int(self.shuffled[place])
 
-    def step(self, step):
-        """Window indices of a step, [batch_size]; steps count from 0."""
-        start = step * self.batch_size
-        return [self.sequence(start + row) for row in range(self.batch_size)]
+    def cut(self, size, step):
+        """Window indices of micro-batches of some size, from a step (the first is 0) on, no end."""
+        for start in itertools.count(step * self.batch_size, size):
+            yield [self.sequence(start + row) for row in range(size)]
 
 
 class Batches:
@@ -91,7 +92,7 @@ class Batches:
     def micro_batches(self, step):
         """The micro-batches of a step: tokens, targets [micro_batch, seq] and positions [seq]."""
         if step != self.next_step:
-            self.loading = iter(self.load(self.indices_from(step)))
+            self.loading = iter(self.load(self.order.cut(self.size, step)))
         for _ in range(self.count):
             yield self.split(next(self.loading))
         self.next_step = step + 1
@@ -101,14 +102,6 @@ class Batches:
         cut = range(0, len(self.held_out), self.size)
         for window in self.load([self.held_out[start : start + self.size] for start in cut]):
             yield self.split(window)
-
-    def indices_from(self, step):
-        """Window indices of one micro-batch after the other, without end."""
-        while True:
-            batch = self.order.step(step)
-            for start in range(0, len(batch), self.size):
-                yield batch[start : start + self.size]
-            step += 1
 
     def load(self, micro_batches):
         return DataLoader(self.windows, batch_sampler=micro_batches, **self.options)

@@ -46,14 +46,17 @@ if triton is not None:
         weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
         dw = tl.zeros_like(weight)
         program, programs = tl.program_id(0), tl.num_programs(0)
-        for row in range(program, rows, programs):
-            offset = row.to(tl.int64) * hidden + columns
+        offset = program.to(tl.int64) * hidden + columns
+        r_ptr += program
+        for _ in range(program, rows, programs):
             x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(weight.dtype)
             dy = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(weight.dtype)
-            r = tl.load(r_ptr + row)
+            r = tl.load(r_ptr)
             dx = r * (weight * dy - x * (r * r * tl.sum(weight * dy * x) / hidden))
             dw += dy * x * r
             tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+            offset += programs * hidden
+            r_ptr += programs
         tl.store(dw_ptr + program * hidden + columns, dw, mask=inside)
 
 

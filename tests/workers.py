@@ -403,3 +403,64 @@ def fail_on(bad_rank, how):
             os.kill(os.getpid(), 9)
         time.sleep(60)
     pg.dist.barrier()
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def tokens_of(argv):
+    """(tokens of a data set, heavy libraries that this rank has imported for them)."""
+    import sys
+
+    import corpus
+    import process_group as pg
+    import train
+
+    args = train.parse_args(argv.split())
+    device = pg.init_processes("cpu")
+    tokens = corpus.load_tokens(args, pg.Mesh(dp=pg.world_size()).world, device)
+    heavy = {"datasets", "transformers"} & set(sys.modules)
+    return np.array(tokens), heavy
+
+
+def batches_of(argv, tokens, steps):
+    """[windows of step, [batch, seq + 1]], held-out windows, and how many are for training."""
+    import dataloader
+    import train
+
+    data = dataloader.Batches(train.parse_args(argv.split()), tokens, torch.device("cpu"))
+
+    def windows(micro_batches):
+        found = []
+        for inputs, targets, positions in micro_batches:
+            assert torch.equal(positions, torch.arange(inputs.shape[1]))
+            assert torch.equal(inputs[:, 1:], targets[:, :-1])
+            found.append(torch.cat([inputs, targets[:, -1:]], dim=1).numpy())
+        assert len({len(part) for part in found}) == 1
+        return np.concatenate(found)
+
+    train_windows = [windows(data.micro_batches(step)) for step in steps]
+    return train_windows, windows(data.evaluation()), data.order.count
+
+
+def byte_tokenizer_round_trip(text):
+    import corpus
+
+    tokenizer = corpus.byte_tokenizer()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids, tokenizer.decode(ids), tokenizer.eos_token_id, len(tokenizer)
+
+
+def forgotten_loader(argv, tokens):
+    """Processes that are still there after a loader in the middle of an epoch was let go."""
+    import multiprocessing
+
+    import dataloader
+    import train
+
+    data = dataloader.Batches(train.parse_args(argv.split()), tokens, torch.device("cpu"))
+    list(data.micro_batches(0))
+    started = len(multiprocessing.active_children())
+    list(data.micro_batches(7))
+    del data
+    return started, len(multiprocessing.active_children())

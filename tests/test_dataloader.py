@@ -1,0 +1,239 @@
+"""Text in, batches out: every kind of data set, and which sequences make up a step."""
+
+import fcntl
+import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+
+import numpy as np
+import pytest
+import workers
+from harness import World
+
+pytestmark = pytest.mark.steps(3, 3)
+DOCUMENTS = ["To be, or not to be,\nthat is the question.\n", "naïve – 東京\n", "", "x" * 300]
+ENDED = b"".join(document.encode() + b"\0" for document in DOCUMENTS)
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    """cached(step_dir, size): a World whose caches are new and its own."""
+    folder = tmp_path_factory.mktemp("cache")
+    made = {}
+
+    def get(step_dir, size=1):
+        if size not in made:
+            made[size] = World(
+                step_dir, size, XDG_CACHE_HOME=str(folder), HF_HOME=str(folder / "hf")
+            )
+        return made[size]
+
+    yield get
+    for world in made.values():
+        world.close()
+
+
+def save_to_disk(folder, split):
+    import datasets
+
+    found = datasets.Dataset.from_dict({"text": DOCUMENTS})
+    (datasets.DatasetDict({"train": found}) if split else found).save_to_disk(folder)
+
+
+def write(kind, folder):
+    """Put DOCUMENTS into a data set of some kind; what --dataset_name takes."""
+    if kind == "jsonl":
+        lines = [json.dumps({"text": document, "other": 1}) for document in DOCUMENTS]
+        (folder / "data.jsonl").write_text("\n".join(lines))
+        return folder / "data.jsonl"
+    if kind == "parquet":
+        import datasets
+
+        datasets.Dataset.from_dict({"text": DOCUMENTS}).to_parquet(folder / "data.parquet")
+        return folder / "data.parquet"
+    if kind.startswith("saved"):
+        save_to_disk(folder / "saved", kind.endswith("split"))
+        return folder / "saved"
+    for index, document in enumerate(DOCUMENTS):
+        (folder / f"{index}.txt").write_text(document)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved", "saved with a split", "texts"])
+def test_every_kind_of_data_set_gives_the_same_tokens(step_dir, cached, kind, tmp_path):
+    name = write(kind, tmp_path)
+    ((tokens, _),) = cached(step_dir).run(workers.tokens_of, f"--dataset_name {name}")
+    assert bytes(tokens.astype(np.uint8)) == ENDED
+
+
+def test_a_single_text_file_is_one_document_and_loses_its_nuls(step_dir, cached, tmp_path):
+    (tmp_path / "one.txt").write_text("a\0b\n\nc\n")
+    argv = f"--dataset_name {tmp_path / 'one.txt'}"
+    ((tokens, _),) = cached(step_dir).run(workers.tokens_of, argv)
+    assert bytes(tokens.astype(np.uint8)) == b"ab\n\nc\n\0"
+
+
+def test_another_column_and_more_processes(step_dir, cached, tmp_path):
+    lines = [json.dumps({"story": text * 50}) for text in DOCUMENTS[:2] * 100]
+    (tmp_path / "stories.jsonl").write_text("\n".join(lines))
+    argv = f"--dataset_name {tmp_path} --text_column story"
+    ((tokens, _),) = cached(step_dir).run(workers.tokens_of, argv + " --num_proc 2")
+    expected = b"".join((text * 50).encode() + b"\0" for text in DOCUMENTS[:2] * 100)
+    assert bytes(tokens.astype(np.uint8)) == expected
+
+
+def test_the_byte_tokenizer_is_the_identity(step_dir, cached):
+    text = "".join(map(chr, range(1, 2000))) + "東京 🙂  \n\n end"
+    ((ids, back, end, size),) = cached(step_dir).run(workers.byte_tokenizer_round_trip, text)
+    assert bytes(ids) == text.encode()
+    assert back == text
+    assert (end, size) == (0, 256)
+
+
+def test_a_tokenizer_of_a_local_model(step_dir, cached, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<end>": 0, "?": 1, "to": 2, "be": 3}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(tmp_path)
+    workers.tiny_config().save_pretrained(tmp_path)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("to be or\nnot to be")
+    argv = f"--model_name {tmp_path} --dataset_name {tmp_path / 'text'}"
+    ((tokens, _),) = cached(step_dir).run(workers.tokens_of, argv)
+    assert tokens.tolist() == [2, 3, 1, 1, 2, 3, 0]
+    ((tokens, _),) = cached(step_dir).run(
+        workers.tokens_of, argv + " --tokenizer_name bytes --vocab_size 256"
+    )
+    assert len(tokens) == 19
+
+
+def test_the_first_rank_tokenises_once_and_the_others_wait(step_dir, tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    argv = f"--dataset_name {tmp_path / 'a.txt'}"
+    caches = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf")}
+    with World(step_dir, 3, **caches) as world:
+        (first, heavy), *others = world.run(workers.tokens_of, argv)
+        assert heavy == {"datasets", "transformers"}
+        for tokens, heavy in others:
+            assert np.array_equal(tokens, first)
+            assert not heavy
+    with World(step_dir, 1, **caches) as world:
+        ((tokens, heavy),) = world.run(workers.tokens_of, argv)
+        assert np.array_equal(tokens, first)
+        assert not heavy, "the cache has the result"
+        (tmp_path / "a.txt").write_text("some other text")
+        ((tokens, heavy),) = world.run(workers.tokens_of, argv)
+        assert bytes(tokens.astype(np.uint8)) == b"some other text\0"
+
+
+def test_the_standard_library_is_megabytes_of_text(step_dir, worlds):
+    ((tokens, _),) = worlds(step_dir, 1).run(workers.tokens_of, "")
+    assert len(tokens) > 2**22
+    assert tokens.max() < 256
+    assert (tokens == 0).sum() > 300
+    text = bytes(tokens[:100_000].astype(np.uint8)).decode(errors="ignore")
+    assert "import" in text and "def " in text
+
+
+def test_random_tokens_fill_the_vocabulary(step_dir, worlds):
+    argv = "--dataset_name random --vocab_size 300"
+    ((tokens, _),) = worlds(step_dir, 1).run(workers.tokens_of, argv)
+    ((again, heavy),) = worlds(step_dir, 1).run(workers.tokens_of, argv)
+    assert np.array_equal(tokens, again) and not heavy
+    assert set(np.unique(tokens)) == set(range(300))
+
+
+# --- batches: tokens 0 … 999 make 99 windows of 10 + 1; one is held out, 98 are for training ------
+
+TOKENS = np.arange(1000, dtype=np.uint16)
+
+
+def starts(windows):
+    """Index of each window, from its first token; a window is a run of seq_len + 1 tokens."""
+    assert (np.diff(windows, axis=1) == 1).all()
+    assert (windows[:, 0] % 10 == 0).all()
+    return (windows[:, 0] // 10).tolist()
+
+
+def batches(worlds, step_dir, flags, steps, tokens=TOKENS):
+    argv = f"--seq_len 10 {flags}"
+    ((found, held_out, count),) = worlds(step_dir, 1).run(workers.batches_of, argv, tokens, steps)
+    return [starts(windows) for windows in found], starts(held_out), count
+
+
+def test_an_epoch_shows_each_training_sequence_once(step_dir, worlds):
+    steps, held_out, count = batches(worlds, step_dir, "--micro_batch_size 7", range(28))
+    assert count == 98
+    assert set(held_out) == {98}
+    first, second = sum(steps[:14], []), sum(steps[14:], [])
+    assert sorted(first) == sorted(second) == list(range(98))
+    assert first != second and first != sorted(first)
+
+
+def test_a_step_may_straddle_two_epochs(step_dir, worlds):
+    steps, _, _ = batches(worlds, step_dir, "--micro_batch_size 9", range(22))
+    row = sum(steps, [])
+    assert sorted(row[:98]) == list(range(98))
+    assert sorted(row[98:196]) == list(range(98))
+
+
+def test_the_last_64th_is_held_out(step_dir, worlds):
+    tokens = np.arange(6401, dtype=np.uint16)  # 640 windows
+    steps, held_out, count = batches(worlds, step_dir, "--micro_batch_size 5", [0], tokens)
+    assert count == 630
+    assert sorted(held_out) == list(range(630, 640))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--micro_batch_size 4 --gradient_accumulation_steps 2",
+        "--micro_batch_size 1 --gradient_accumulation_steps 8",
+        "--micro_batch_size 2 --gradient_accumulation_steps 4 --num_workers 2",
+        "--micro_batch_size 8 --num_workers 3",
+    ],
+)
+def test_the_sequences_of_a_step_do_not_depend_on_the_layout(step_dir, worlds, flags):
+    steps = [0, 1, 2, 13, 3, 40]  # back and forth: the step is all of the position
+    expected = batches(worlds, step_dir, "--micro_batch_size 8", steps)
+    assert batches(worlds, step_dir, flags, steps) == expected
+
+
+def test_the_seed_gives_the_order(step_dir, worlds):
+    one = batches(worlds, step_dir, "--seed 1", [0, 1])
+    assert batches(worlds, step_dir, "--seed 1", [0, 1]) == one
+    assert batches(worlds, step_dir, "--seed 2", [0, 1]) != one
+
+
+def test_workers_end_with_their_loader(step_dir, worlds):
+    argv = "--seq_len 10 --num_workers 2"
+    assert worlds(step_dir, 1).run(workers.forgotten_loader, argv, TOKENS) == [(2, 0)]
+
+
+def test_tokenising_shows_a_progress_bar_on_a_terminal(step_dir, tmp_path):
+    (tmp_path / "a.txt").write_text("words " * 5000)
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # rows, columns
+    command = f"--max_tokens 1 --num_hidden_layers 1 --dataset_name {tmp_path / 'a.txt'}".split()
+    with subprocess.Popen(
+        [sys.executable, str(step_dir / "train.py"), *command],
+        stderr=slave,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf")},
+    ) as process:
+        os.close(slave)
+        shown = b""
+        while True:
+            try:
+                shown += os.read(master, 4096)
+            except OSError:  # how a terminal says that the other side is gone
+                break
+    os.close(master)
+    assert process.returncode == 0
+    assert b"tokenising" in shown and b"100%" in shown

@@ -1,0 +1,131 @@
+"""A wrong call gets one line that says what to do, at once, on one rank."""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import workers
+from conftest import step_number
+from launch import launch
+
+# flags: (words that the line must hold). {tmp} is a directory made by `folder`.
+STEP1 = {
+    "--model_name debugg": ("--model_name debugg", "smollm-135m"),
+    "--model_name nobody/nothing": ("--model_name nobody/nothing", "preset"),
+    "--model_name {tmp}": ("has no config.json",),
+    "--model_name {tmp}/nowhere": ("--model_name", "neither a preset", "directory"),
+    "--model_name {tmp}/broken": ("--model_name", "broken"),
+    "--model_name {tmp}/gpt2": ("--model_name", "gpt2", "not a Llama"),
+    "--model_name {tmp}/yarn": ("--model_name", "yarn", "not a Llama"),
+    "--hidden_size 100": ("--hidden_size 100", "--num_attention_heads 8", "multiple"),
+    "--num_attention_heads 8 --num_key_value_heads 3": ("--num_key_value_heads 3", "divisor"),
+    "--device cuda": ("--device cuda", "--device cpu"),
+    "--seq_len 0": ("--seq_len", "'0'", "1 or more"),
+    "--micro_batch_size x": ("--micro_batch_size", "'x'"),
+    "--learning_rate nan": ("--learning_rate", "'nan'", "above 0"),
+    "--weight_decay -0.1": ("--weight_decay", "-0.1"),
+    "--dtype int8": ("--dtype", "int8", "bfloat16"),
+    "--compile fast": ("--compile", "fast", "inductor"),
+    "--seq 64": ("unrecognized arguments", "--seq", "--help"),
+    "--metrics_file {tmp}/nowhere/m.jsonl": ("--metrics_file", "nowhere", "directory"),
+    "--learning_rate 1e38 --warmup_steps 0 --seq_len 8": ("nan at step", "--learning_rate"),
+}
+STEP1_ONLY = {"--vocab_size 100": ("--vocab_size 100", "256")}
+STEP3 = {
+    "--dataset_name {tmp}/nowhere.txt": ("--dataset_name", "nowhere.txt", "no such file"),
+    "--dataset_name {tmp}/gpt2": ("--text_column text", "model_type"),  # not what was meant
+    "--dataset_name {tmp}/pictures": ("--dataset_name", "no file", ".parquet"),
+    "--dataset_name {tmp}/empty.txt": ("--dataset_name", "empty.txt", "0 training sequences"),
+    "--dataset_name {tmp}/short.txt": ("short.txt", "--seq_len 128", "--micro_batch_size 4"),
+    "--dataset_name {tmp}/bad.parquet": ("--dataset_name", "bad.parquet"),
+    "--dataset_name {tmp}/mixed": ("--dataset_name", "mixed", "one kind"),
+    "--dataset_name {tmp}/rows.jsonl": ("--text_column text", "rows.jsonl", "story"),
+    "--dataset_name nobody/nothing": ("--dataset_name nobody/nothing", "local file"),
+    "--tokenizer_name nobody/nothing --dataset_name {tmp}/a.txt": ("--tokenizer_name", "bytes"),
+    "--vocab_size 100 --dataset_name {tmp}/a.txt": ("--vocab_size 100", "bytes", "id 121"),
+    "--seq_len 50000000": ("python-stdlib", "0 training sequences", "--seq_len 50000000"),
+    "--gradient_accumulation_steps 0": ("--gradient_accumulation_steps", "1 or more"),
+}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Files that are wrong in one way each."""
+    folder = tmp_path_factory.mktemp("wrong")
+    for name in ("gpt2", "yarn", "broken", "mixed", "pictures"):
+        (folder / name).mkdir()
+    (folder / "gpt2" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+    workers.tiny_config(rope_parameters=rope).save_pretrained(folder / "yarn")
+    (folder / "broken" / "config.json").write_text("{")
+    (folder / "mixed" / "a.txt").write_text("text")
+    (folder / "mixed" / "b.jsonl").write_text('{"text": "text"}')
+    (folder / "pictures" / "a.png").write_bytes(b"x")
+    (folder / "empty.txt").write_text("")
+    (folder / "short.txt").write_text("ten bytes.")
+    (folder / "a.txt").write_text("any text will do " * 1000)
+    (folder / "bad.parquet").write_bytes(b"no parquet at all")
+    (folder / "rows.jsonl").write_text('{"story": "text"}\n' * 9)
+    return folder
+
+
+def assert_one_line(result, words, seconds):
+    assert result.code != 0
+    mine, *others = result.errors
+    lines = mine.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.errors
+    for word in words:
+        assert word in lines[0], lines[0]
+    assert not any(others), others
+    assert not result.metrics or "nan at step" in lines[0], "work had started"
+    assert result.seconds < seconds
+
+
+def launch_all(step_dir, folder, subtests, cases, seconds):
+    """Launch each wrong call, as many at a time as there are cores."""
+
+    def wrong(flags):
+        # Caches of their own, but where a tokenised standard library has to be there.
+        caches = {"XDG_CACHE_HOME": str(folder), "HF_HOME": str(folder / "hf")}
+        caches = {} if "seq_len" in flags else caches
+        return launch(step_dir, flags.format(tmp=folder), **caches)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for flags, result in zip(cases, pool.map(wrong, cases), strict=True):
+            with subtests.test(flags):
+                assert_one_line(result, cases[flags], seconds)
+
+
+@pytest.mark.steps(1, 1)
+def test_wrong_calls_of_the_model(step_dir, folder, subtests):
+    cases = STEP1 if step_number(step_dir) > 2 else STEP1 | STEP1_ONLY
+    launch_all(step_dir, folder, subtests, cases, 15)
+
+
+@pytest.mark.steps(3, 3)
+def test_wrong_calls_of_the_data(step_dir, folder, subtests):
+    launch_all(step_dir, folder, subtests, STEP3, 30)
+
+
+@pytest.mark.steps(2)
+@pytest.mark.parametrize("flags", ["--seq_len 0", "--model_name debugg"])
+def test_one_rank_reports_and_the_others_wait_for_it(step_dir, flags):
+    late = (workers.__file__.replace("workers.py", "breaks.py"), "late_first_rank")
+    assert_one_line(launch(step_dir, flags, ranks=2, through=late), STEP1[flags], 30)
+
+
+@pytest.mark.steps(3)
+@pytest.mark.parametrize(
+    "flags", ["--dataset_name {tmp}/rows.jsonl", "--dataset_name {tmp}/short.txt"]
+)
+def test_an_error_of_the_tokenising_rank_ends_all(step_dir, folder, flags):
+    late = (workers.__file__.replace("workers.py", "breaks.py"), "late_first_rank")
+    result = launch(step_dir, flags.format(tmp=folder), ranks=2, through=late)
+    assert_one_line(result, STEP3[flags], 30)
+
+
+@pytest.mark.steps(2, 2)
+def test_a_nan_under_torchrun_ends_all(step_dir):
+    flags = "--learning_rate 1e38 --warmup_steps 0 --seq_len 8"
+    assert_one_line(launch(step_dir, flags, ranks=2), STEP1[flags], 30)
