@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from errors import UserError
 
-HELD_OUT_AT_MOST = 512  # sequences that one evaluation reads
+HELD_OUT_AT_MOST = 256  # sequences that one evaluation reads
 
 
 class Windows(Dataset):

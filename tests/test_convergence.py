@@ -1,0 +1,86 @@
+"""convergence.py and benchmark.py as commands."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+def command(script, *arguments, code=0):
+    """Standard output of a script of this folder, which must exit with `code`."""
+    done = subprocess.run(
+        [sys.executable, str(TESTS / script), *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+def rows(text):
+    """The cells of a Markdown table's rows."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines[2:]]
+
+
+def test_splits_of_the_batch_converge(tmp_path):
+    figure = tmp_path / "curves.png"
+    run = "step3_dataloader --micro_batch_size 2 --gradient_accumulation_steps 4"
+    text = command("convergence.py", "--steps", "5", "--figure", str(figure), run)
+    (base, other) = rows(text)
+    assert base[0] == other[0] == "step3_dataloader"
+    assert other[1] == "--micro_batch_size 2 --gradient_accumulation_steps 4"
+    assert float(other[3]) < 1e-12 and float(other[4]) < 1e-12
+    assert other[6] == "ok"
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
+def test_a_planted_error_is_caught(dtype):
+    arguments = ["--dtype", dtype, "--steps", "5", "--plant", "halve_norm_gradients"]
+    text = command("convergence.py", *arguments, "step3_dataloader --micro_batch_size 8", code=1)
+    assert rows(text)[1][6] == "OUTSIDE"
+
+
+@pytest.mark.parametrize(
+    "run, words",
+    [
+        ("step3_dataloader --micro_batch_size 3", "3 sequences a step, not 8"),
+        ("step33_dataloader --micro_batch_size 8", "no step33_dataloader/train.py"),
+        ("step3_dataloader --micro_batch_size 8 --seq_len 0", "ended with code 2"),
+    ],
+)
+def test_a_run_that_cannot_be_compared_is_refused(run, words):
+    assert words in command("convergence.py", "--steps", "1", run, code=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, steps", [("float64", 20), ("float32", 200)])
+def test_all_splits_over_the_full_number_of_steps(dtype, steps):
+    text = command("convergence.py", "--dtype", dtype)
+    assert f"{dtype}, {steps} steps" in text
+    assert [row[6] for row in rows(text)] == ["baseline", "ok", "ok", "ok"]
+    print(text)
+
+
+def test_benchmark_measures_beside_transformers(tmp_path):
+    saved = tmp_path / "figures.json"
+    arguments = ["--steps", "8", "--rounds", "1", "--save", str(saved)]
+    text = command("benchmark.py", *arguments)
+    ours, plain = rows(text)
+    assert ours[0] == "step3_dataloader" and plain[0] == "LlamaForCausalLM"
+    figures = json.loads(saved.read_text())
+    assert re.search(r"torch \d", figures["machine"])
+    for run in figures["runs"].values():
+        assert run["tokens_per_second"] > 500 and run["memory_gb"] > 0.1
+
+
+@pytest.mark.slow
+def test_throughput_beside_transformers():
+    ours, plain = rows(command("benchmark.py"))
+    assert float(ours[7]) >= 0.9
+    print(ours, plain)
