@@ -25,15 +25,17 @@ def init_processes(device_type):
 
     Returns this rank's device: a GPU of its own on CUDA (NCCL), the CPU otherwise (gloo).
     """
+    # Long, because the others wait while the first rank tokenises; the launcher, not this, ends
+    # the job when a rank dies.
+    options = {"backend": "gloo", "timeout": timedelta(hours=1)}
     device = torch.device(device_type)
     if device_type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    backend = {"cuda": "nccl", "cpu": "gloo"}[device_type]
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        options.update(backend="nccl", device_id=device)
+    if "RANK" not in os.environ:
+        options.update(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(**options)
     return device
 
 

@@ -180,6 +180,19 @@ def triton_rms_norm(dtype, device="cpu"):
     return errors
 
 
+def rms_norm_on_cuda():
+    """Whether eager calls take the Triton kernels: names of what `rms_norm` ran."""
+    from torch.profiler import profile
+
+    from rms_norm import rms_norm
+
+    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.ones(256, device="cuda", requires_grad=True)
+    with profile() as trace:
+        rms_norm(x, weight, 1e-5).sum().backward()
+    return {event.key for event in trace.key_averages()}
+
+
 def saved_bytes(argv):
     """Bytes that autograd keeps of one micro-batch's forward pass, weights apart."""
     state = build(argv)
@@ -283,17 +296,17 @@ def continued(argv, stop, steps):
 # --- processes ------------------------------------------------------------------------------------
 
 
-def mesh_of(sizes):
+def mesh_of(sizes, device):
     """What each rank of a mesh knows of its place, axis by axis and for the combined groups."""
     import process_group as pg
 
-    pg.init_processes("cpu")
+    device = pg.init_processes(device)
     mesh = pg.Mesh(**sizes)
     groups = {}
     for axes in [("tp",), ("cp",), ("dp",), ("pp",), ("dp", "cp"), ("tp", "pp")]:
         group = mesh.group(*axes)
         assert mesh.group(*reversed(axes)) is group, "asked twice, made once"
-        total = pg.all_reduce(torch.tensor([2.0**mesh.rank], dtype=torch.float64), group)
+        total = pg.all_reduce(torch.tensor([2.0**mesh.rank], device=device), group)
         members = [rank for rank in range(len(mesh.grid.flatten())) if int(total) >> rank & 1]
         assert members == sorted(group.ranks), "the group that communicates is the one named"
         groups[axes] = {
@@ -308,18 +321,21 @@ def mesh_of(sizes):
     return groups, str(mesh), mesh.world.is_first
 
 
-def collectives(dtype):
-    """Every collective on a group of three, and on one rank alone: {name: array of this rank}."""
+def collectives(dtype, size, device):
+    """Every collective on a group of some size, and on one rank alone: {name: array of this rank}.
+
+    Row i of rank r's tensor is [2i, 2i + 1] + 10r; there are as many rows as ranks.
+    """
     import ledger
     import process_group as pg
 
-    pg.init_processes("cpu")
-    mesh = pg.Mesh(tp=3)
+    device = pg.init_processes(device)
+    mesh = pg.Mesh(tp=size)
     group, alone = mesh.group("tp"), mesh.group("dp")
     rank, dtype = group.rank, getattr(torch, dtype)
 
-    def mine(rows=3):  # other numbers on every rank and in every row
-        return torch.arange(rows * 2, dtype=dtype).view(rows, 2) + 10 * rank
+    def mine(rows=size):
+        return torch.arange(rows * 2, dtype=dtype, device=device).view(rows, 2) + 10 * rank
 
     found = {}
     with ledger.recorded() as counted:
@@ -339,7 +355,7 @@ def collectives(dtype):
         work.wait()
         found["reduce_scatter later"] = out
         found["broadcast"] = pg.broadcast(mine(), group, source=1)
-        arrived = torch.empty(3, 2, dtype=dtype)
+        arrived = torch.empty_like(mine())
         for work in pg.exchange(group, [(mine(), group.next)], [(arrived, group.previous)]):
             work.wait()
         found["exchange"] = arrived
@@ -351,9 +367,9 @@ def collectives(dtype):
                 assert "slice" in str(error)
             else:
                 raise AssertionError(f"{collective.__name__} took a slice")
-    found["largest"] = torch.tensor(pg.largest(7 - rank, group, "cpu"))
+    found["largest"] = torch.tensor(pg.largest(7 - rank, group, device))
     found["from_first"] = torch.tensor(pg.from_first(group, lambda: 100 + rank))
-    return {name: value.double().numpy() for name, value in found.items()}, dict(counted)
+    return {name: value.double().cpu().numpy() for name, value in found.items()}, dict(counted)
 
 
 def error_on_the_first_rank():

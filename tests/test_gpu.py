@@ -1,0 +1,110 @@
+"""The same checks where the GPU's own kernels and NCCL do the work: `pytest -m gpu`."""
+
+import numpy as np
+import pytest
+import torch
+import workers
+from conftest import step_number
+from harness import assert_close
+from test_layouts import SHAPE, WHOLE, split
+from test_model import TINY, oracle
+from test_process_group import assert_collectives, assert_mesh
+
+pytestmark = pytest.mark.gpu
+CUDA = "--device cuda "
+
+
+def random_data(step_dir):
+    """Flags for data that needs no text, if this step reads any."""
+    return " --dataset_name random" if step_number(step_dir) > 2 else ""
+
+
+@pytest.fixture(autouse=True)
+def cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+@pytest.mark.steps(1, 1)
+@pytest.mark.parametrize(
+    "dtype, bound, kernel",
+    [
+        ("bfloat16", 1e-2, "cudnn_attention"),
+        ("float32", 1e-5, "efficient_attention"),
+        ("float64", 1e-13, "attention_math"),
+    ],
+)
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2)])
+def test_attention_backend(step_dir, worlds, dtype, bound, kernel, heads, kv_heads):
+    world = worlds(step_dir, 1)
+    error, kernels = world.run(workers.attention_error, dtype, heads, kv_heads, "cuda")[0]
+    assert error < bound
+    names = {name for name in kernels if "attention" in name}
+    assert any(kernel in name for name in names) or "flash_attn" in str(names), names
+
+
+@pytest.mark.steps(1, 1)
+@pytest.mark.parametrize(
+    "dtype, bound", [("float64", 1e-13), ("float32", 1e-6), ("bfloat16", 5e-3)]
+)
+def test_triton_rms_norm(step_dir, worlds, dtype, bound):
+    (errors,) = worlds(step_dir, 1).run(workers.triton_rms_norm, dtype, "cuda")
+    assert max(errors.values()) < bound, errors
+    (kernels,) = worlds(step_dir, 1).run(workers.rms_norm_on_cuda)
+    assert {"forward_kernel", "backward_kernel"} <= kernels, kernels
+
+
+@pytest.mark.parametrize("flags", ["", "--compile", "--activation_checkpointing"])
+def test_three_updates_agree_with_the_oracle(step_dir, train_on, flags):
+    run = train_on(step_dir, 1, TINY + CUDA + flags + random_data(step_dir), 3)
+    metrics, gradients, weights = oracle(run, [m["learning_rate"] for m in run.metrics], 1.0)
+    for step, (expected, gradient) in enumerate(zip(metrics, gradients, strict=True)):
+        found = {key: np.array([run.metrics[step][key]]) for key in expected}
+        assert_close(expected, found, f"step {step + 1}")
+        assert_close(gradient, run.gradients[step], f"step {step + 1}, gradient")
+    assert_close(weights, run.after, "weight after three updates")
+
+
+@pytest.mark.steps(3)
+@pytest.mark.parametrize("count", [2, 8])
+def test_splits_of_the_batch(step_dir, train_on, count):
+    reference = train_on(step_dir, 1, WHOLE + " " + CUDA, 3)
+    train_on(step_dir, 1, SHAPE + CUDA + split(count), 3).assert_same_as(reference)
+
+
+@pytest.mark.parametrize("flags", ["", "--compile"])
+def test_bfloat16_gradients_stay_near_float32(step_dir, train_on, worlds, flags):
+    argv = "--num_hidden_layers 4 --seq_len 128 --device cuda " + flags + random_data(step_dir)
+    exact = train_on(step_dir, 1, argv + " --dtype float32", 1).gradients[0]
+    rough = train_on(step_dir, 1, argv + " --dtype bfloat16", 1).gradients[0]
+    for name in exact:
+        error = np.linalg.norm(rough[name] - exact[name]) / np.linalg.norm(exact[name])
+        assert error < 3e-2, (name, error)
+    if "--compile" in flags:
+        return  # what watches every operator does not see into compiled layers
+    _, kept = worlds(step_dir, 1).run(workers.dtypes_of_a_step, argv + " --dtype bfloat16")[0]
+    assert all(dtypes == {"torch.float32"} for dtypes in kept.values()), kept
+
+
+@pytest.mark.steps(2, 2)
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_collectives_on_nccl(step_dir, worlds, dtype):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    assert_collectives(worlds(step_dir, 2).run(workers.collectives, dtype, 2, "cuda"), dtype)
+
+
+@pytest.mark.steps(2, 3)
+def test_replicas_on_nccl(step_dir, train_on):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    reference = train_on(step_dir, 1, TINY + CUDA + random_data(step_dir), 2)
+    train_on(step_dir, 2, TINY + CUDA + random_data(step_dir), 2).assert_same_as(reference)
+
+
+@pytest.mark.steps(2, 2)
+def test_a_mesh_on_nccl(step_dir):
+    if torch.cuda.device_count() < 4:
+        pytest.skip("needs 4 GPUs")
+    for sizes in ({"tp": 2, "cp": 1, "dp": 2, "pp": 1}, {"tp": 1, "cp": 2, "dp": 1, "pp": 2}):
+        assert_mesh(step_dir, sizes, "cuda")
