@@ -1,0 +1,53 @@
+"""The READMEs keep their promises: figures that exist, sections in order, commands that run."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import readme
+from conftest import ROOT
+
+SECTIONS = ["Why", "The idea", "What changes", "Walk through the code", "Run it", "Check it",
+            "What it costs", "Exercises", "Read more"]  # fmt: skip
+READMES = [ROOT / "README.md", ROOT / "tests" / "README.md", *sorted(ROOT.glob("step*/README.md"))]
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_readme_points_to_is_there(path):
+    text = path.read_text()
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (path.parent / target).exists(), target
+    for name in re.findall(r"`((?:tests|assets|step\d)[\w/]*\.\w+)`", text):
+        assert (ROOT / name).exists() or (path.parent / name).exists(), name
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("step*/README.md")), ids=lambda p: p.parent.name)
+def test_a_lesson_has_its_sections_in_order(path):
+    assert re.findall(r"^## (.+)$", path.read_text(), re.MULTILINE) == SECTIONS
+    assert readme.blocks(path), "nothing to run"
+
+
+def test_figures_are_drawn_by_code(tmp_path):
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "assets" / "figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    drawn = {path.name for path in figures.draw_all(tmp_path)}
+    shown = {
+        name for path in READMES for name in re.findall(r"assets/(\w+\.png)", path.read_text())
+    }
+    assert drawn <= shown, "a figure that no README shows"
+    # convergence.py draws the others.
+    assert shown - drawn <= {"convergence.png"}
+
+
+@pytest.mark.parametrize("command, code", [("true", 0), ("false", 1), ("false | true", 1)])
+def test_a_block_that_fails_is_noticed(tmp_path, command, code):
+    page = tmp_path / "README.md"
+    page.write_text(f"<!-- runnable -->\n```bash\n{command}\n```\n\n```bash\nfalse\n```\n")
+    script = Path(readme.__file__)
+    done = subprocess.run([sys.executable, script, page], capture_output=True, text=True)
+    assert done.returncode == code, done.stdout
+    assert "1 runnable blocks" in done.stdout
