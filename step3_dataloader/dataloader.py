@@ -79,9 +79,9 @@ class Batches:
                 f"--gradient_accumulation_steps {self.count}: lower one of these"
             )
         self.order = Order(training, batch_size, args.seed)
-        # Whole batches, so that every layout reads the same; a small part is read more than once.
-        batches = max(1, min(held_out, HELD_OUT_AT_MOST) // batch_size)
-        self.held_out = [training + row % held_out for row in range(batches * batch_size)]
+        # Whole batches, so that every layout reads the same, spread evenly over the held-out part.
+        count = max(1, min(held_out, HELD_OUT_AT_MOST) // batch_size) * batch_size
+        self.held_out = [training + row * held_out // count for row in range(count)]
         self.positions = torch.arange(args.seq_len, device=device)
         workers = {"num_workers": args.num_workers}
         if args.num_workers:

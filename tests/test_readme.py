@@ -51,3 +51,14 @@ def test_a_block_that_fails_is_noticed(tmp_path, command, code):
     done = subprocess.run([sys.executable, script, page], capture_output=True, text=True)
     assert done.returncode == code, done.stdout
     assert "1 runnable blocks" in done.stdout
+
+
+def test_the_checks_that_the_table_of_mistakes_names_are_there():
+    text = (ROOT / "tests" / "README.md").read_text()
+    code = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    named = set(
+        re.findall(r"`(test_\w+|\w+_\w+)`", text.split("## Mistakes")[1].split("## Conv")[0])
+    )
+    assert len(named) > 10
+    for name in named:
+        assert f"def {name}(" in code, name
