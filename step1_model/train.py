@@ -138,6 +138,7 @@ def train_step(state):
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     state.optimizer.step()
+    memory = peak_memory_gb(state.device)
     # The only place where the host waits for the device.
     loss, grad_norm = torch.stack([loss.double(), grad_norm]).tolist()
     if not math.isfinite(loss):
@@ -151,7 +152,7 @@ def train_step(state):
         "grad_norm": grad_norm,
         "learning_rate": learning_rate,
         "tokens": state.step * args.tokens_per_step,
-        "memory_gb": peak_memory_gb(state.device),
+        "memory_gb": memory,
     }
 
 

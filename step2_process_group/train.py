@@ -144,8 +144,9 @@ def train_step(state):
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     state.optimizer.step()
+    memory = pg.largest(peak_memory_gb(state.device), state.mesh.world, state.device)
     # The only place where the host waits for the device.
-    loss, grad_norm = torch.stack([loss.double(), grad_norm]).tolist()
+    loss, grad_norm, memory = torch.stack([loss.double(), grad_norm, memory]).tolist()
     if not math.isfinite(loss):
         raise UserError(
             f"the loss is {loss} at step {state.step}: lower --learning_rate {args.learning_rate} "
@@ -157,7 +158,7 @@ def train_step(state):
         "grad_norm": grad_norm,
         "learning_rate": learning_rate,
         "tokens": state.step * args.tokens_per_step,
-        "memory_gb": pg.largest(peak_memory_gb(state.device), state.mesh.world, state.device),
+        "memory_gb": memory,
     }
 
 

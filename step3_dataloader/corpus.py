@@ -69,7 +69,11 @@ def tokenised(args):
             largest = write_tokens(encode(texts, tokenizer, args), part / "tokens.npy")
             about = {"dataset": args.dataset_name, "tokenizer": tokenizer_name}
             (part / "about.json").write_text(json.dumps({**about, "largest_id": largest}))
-            part.rename(folder)
+            try:
+                part.rename(folder)
+            except OSError:
+                if not folder.exists():  # else another run was quicker
+                    raise
     return folder
 
 

@@ -31,7 +31,7 @@ def note(text):
 
 
 def stop(error):
-    """Print the one line and exit with code 2; every rank comes here, one prints."""
+    """Print the one line and exit with code 2."""
     if RANK > 0:
         time.sleep(10)  # the launcher ends this rank as soon as the first one has printed and left
         sys.exit(2)

@@ -21,6 +21,7 @@ def recorded():
 
 
 def record(axis, collective, size):
+    """Add one call of `size` bytes; does nothing unless something is recording."""
     if ledger is not None:
         entry = ledger.setdefault((axis, collective), [0, 0])
         entry[0] += 1

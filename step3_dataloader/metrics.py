@@ -42,7 +42,7 @@ def peak_memory_gb(device):
 
 
 class Metrics:
-    """Takes each step's numbers, adds speed and memory, and writes them out."""
+    """Takes each step's numbers, adds the speed, and writes them out."""
 
     def __init__(self, args, device, flops_per_token, devices):
         self.devices = devices
@@ -64,7 +64,7 @@ class Metrics:
         self.clock = time.perf_counter()
 
     def log(self, metrics):
-        """metrics: what `train_step` returns; speed and MFU are added here."""
+        """Report what `train_step` returned, with tokens/s and MFU since the last call."""
         now = time.perf_counter()
         speed = (metrics["tokens"] - self.tokens) / (now - self.clock)
         self.tokens, self.clock = metrics["tokens"], now
@@ -74,7 +74,6 @@ class Metrics:
             "tokens_per_second": speed,
             "tokens_per_second_per_device": per_device,
             "mfu": per_device * self.flops_per_token / self.peak if self.peak else None,
-            "memory_gb": metrics["memory_gb"],
         }
         print(readable(metrics), flush=True)
         if self.file:

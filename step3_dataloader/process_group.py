@@ -246,9 +246,9 @@ def from_first(group, make):
 
 
 def largest(value, world, device):
-    """The largest of a number over all ranks."""
+    """The largest of a number over all ranks, a float64 scalar on the device."""
     value = torch.tensor(value, dtype=torch.float64, device=device)
-    return all_reduce(value, world, ReduceOp.MAX).item()
+    return all_reduce(value, world, ReduceOp.MAX)
 
 
 @torch.no_grad()

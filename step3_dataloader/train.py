@@ -86,7 +86,7 @@ def parse_args(argv):
         raise UserError(f"--metrics_file {args.metrics_file}: make its directory first")
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     args.config = load_config(args)
-    local_files(args.dataset_name)
+    local_files(args.dataset_name)  # raises for a path that is not there
     if args.num_workers is None:
         args.num_workers = 2 if args.device == "cuda" else 0
     sequences = args.micro_batch_size * args.gradient_accumulation_steps
@@ -165,8 +165,9 @@ def train_step(state):
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     state.optimizer.step()
+    memory = pg.largest(peak_memory_gb(state.device), state.mesh.world, state.device)
     # The only place where the host waits for the device.
-    loss, grad_norm = torch.stack([loss, grad_norm]).tolist()
+    loss, grad_norm, memory = torch.stack([loss, grad_norm, memory]).tolist()
     if not math.isfinite(loss):
         raise UserError(
             f"the loss is {loss} at step {state.step}: lower --learning_rate {args.learning_rate} "
@@ -178,7 +179,7 @@ def train_step(state):
         "grad_norm": grad_norm,
         "learning_rate": learning_rate,
         "tokens": state.step * args.tokens_per_step,
-        "memory_gb": pg.largest(peak_memory_gb(state.device), state.mesh.world, state.device),
+        "memory_gb": memory,
     }
 
 

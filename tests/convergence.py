@@ -10,6 +10,7 @@ data, `step3_dataloader` in one process. Prints a table; exits with 1 outside th
 """
 
 import argparse
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -70,9 +71,9 @@ def draw(reference, curves, path, title):
     losses = [m["loss"] for m in reference]
     top.plot(steps, losses, "k", linewidth=4, alpha=0.25, label=f"baseline, {BASELINE}")
     for name, metrics in curves.items():
-        (line,) = top.plot(steps, [m["loss"] for m in metrics], linewidth=1, label=name)
-        gap = [abs(a - b["loss"]) for a, b in zip(losses, metrics, strict=True)]
-        bottom.plot(steps, [max(g, 1e-17) for g in gap], color=line.get_color(), linewidth=1)
+        top.plot(steps, [m["loss"] for m in metrics], linewidth=1, label=name)
+        gaps = [abs(a - b["loss"]) or math.nan for a, b in zip(losses, metrics, strict=True)]
+        bottom.plot(steps, gaps, ".", markersize=4)  # where there is none, no point
     top.set_ylabel("loss (nats per byte)")
     top.legend(fontsize=7)
     bottom.set_yscale("log")

@@ -51,7 +51,11 @@ def test_a_planted_error_is_caught(dtype):
     [
         ("step3_dataloader --micro_batch_size 3", "3 sequences a step, not 8"),
         ("step33_dataloader --micro_batch_size 8", "no step33_dataloader/train.py"),
-        ("step3_dataloader --micro_batch_size 8 --seq_len 0", "ended with code 2"),
+        pytest.param(
+            "step3_dataloader --micro_batch_size 8 --seq_len 0",
+            "ended with code 2",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_that_cannot_be_compared_is_refused(run, words):
