@@ -190,7 +190,7 @@ class Decoder(nn.Module):
         table_dtype = torch.promote_types(self.dtype, torch.float32)
         cos, sin = rotary_tables(positions, self.config, table_dtype)
         for layer in self.layers.values():
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing:
                 # No randomness in a layer, so no generator state to save (arXiv:1604.06174).
                 x = checkpoint(layer, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
             else:
