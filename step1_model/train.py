@@ -63,12 +63,16 @@ def parse_args(argv):
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
-    if args.metrics_file and not Path(args.metrics_file).absolute().parent.is_dir():
-        raise UserError(f"--metrics_file {args.metrics_file}: make its directory first")
+    if args.metrics_file is not None:
+        try:
+            open(args.metrics_file, "a").close()
+        except OSError as error:
+            path, reason = args.metrics_file, error.strerror
+            raise UserError(f"--metrics_file {path!r}: {reason}; name a file to write") from None
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     args.config = load_config(args)
     args.tokens_per_step = args.micro_batch_size * args.seq_len
-    args.total_steps = math.ceil(args.max_tokens / args.tokens_per_step)
+    args.total_steps = -(-args.max_tokens // args.tokens_per_step)  # rounded up
     return args
 
 
@@ -141,10 +145,10 @@ def train_step(state):
     memory = peak_memory_gb(state.device)
     # The only place where the host waits for the device.
     loss, grad_norm = torch.stack([loss.double(), grad_norm]).tolist()
-    if not math.isfinite(loss):
+    if not math.isfinite(loss + grad_norm):
         raise UserError(
-            f"the loss is {loss} at step {state.step}: lower --learning_rate {args.learning_rate} "
-            f"or raise --warmup_steps {args.warmup_steps}"
+            f"loss {loss}, gradient norm {grad_norm} at step {state.step}: lower --learning_rate "
+            f"{args.learning_rate} or raise --warmup_steps {args.warmup_steps}"
         )
     return {
         "step": state.step,
@@ -159,6 +163,7 @@ def train_step(state):
 def main(args):
     state = setup(args)
     metrics = Metrics(args, state.device, flops_per_token(state.model, args.seq_len))
+    metrics.open()
     while state.step < args.total_steps:
         metrics.log(train_step(state))
     metrics.close()

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import time
 
@@ -19,9 +20,10 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def first_line(error):
-    """What another library's exception says, cut to fit into our one line."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def in_one_line(error):
+    """What another library's exception says, or the one behind it, cut to fit into our line."""
+    error = error.__cause__ or error
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def note(text):
@@ -33,35 +35,43 @@ def note(text):
 def stop(error):
     """Print the one line and exit with code 2."""
     if RANK > 0:
-        time.sleep(10)  # the launcher ends this rank as soon as the first one has printed and left
-        sys.exit(2)
+        time.sleep(10)  # the launcher ends this rank here if the first one has spoken
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
-def positive_int(text):
-    """argparse type: an integer of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+def whole_number(text, least):
+    """argparse type: an integer of at least `least`."""
+    if not re.fullmatch("[0-9]+", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
     return int(text)
 
 
+def positive_int(text):
+    """argparse type: 1, 2, 3, …"""
+    return whole_number(text, 1)
+
+
 def non_negative_int(text):
-    """argparse type: an integer of at least 0."""
-    return 0 if text == "0" else positive_int(text)
+    """argparse type: 0, 1, 2, …"""
+    return whole_number(text, 0)
 
 
-def positive_float(text):
-    """argparse type: a number above 0; `inf` is one, `nan` is not."""
+def number(text, good, rule):
+    """argparse type: a float for which good(value) is true; never so for `nan`."""
     try:
-        value = float(text)
+        if good(float(text)):
+            return float(text)
     except ValueError:
-        value = 0.0
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number {rule}")
 
 
 def non_negative_float(text):
     """argparse type: a number of at least 0."""
-    return 0.0 if text in ("0", "0.0") else positive_float(text)
+    return number(text, lambda value: value >= 0, "of 0 or more")
+
+
+def positive_float(text):
+    """argparse type: a number above 0; `inf` is one."""
+    return number(text, lambda value: value > 0, "above 0")

@@ -260,6 +260,7 @@ def materialize(model, seed, device):
         for key, meta in list(module.named_parameters(recurse=False)):
             if meta not in made:
                 full = initial_value(meta.global_name, meta.full_shape, seed, std)
-                made[meta] = nn.Parameter(full[meta.held].to(device, dtype))
+                part = torch.empty(meta.shape, dtype=dtype, device=device)
+                made[meta] = nn.Parameter(part.copy_(full[meta.held]))
                 made[meta].__dict__.update(meta.__dict__)
             module.register_parameter(key, made[meta])

@@ -41,12 +41,13 @@ def gradient_norm(parameters, names):
     order = {name: index for index, name in enumerate(names)}
     squares = torch.zeros(len(names), dtype=torch.float64, device=parameters[0].device)
     for parameter in parameters:
+        # Squared again, as the norm needs no float64 copy of the gradient.
         norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float64)
         squares[order[parameter.global_name]] = norm**2
     return squares.sum().sqrt()
 
 
 def clip_gradients(parameters, max_norm, norm):
-    """Scale all gradients by min(1, max_norm / norm). Source: arXiv:1211.5063, section 3.2."""
+    """Scale all gradients by min(1, max_norm / (norm + 1e-6)). Source: arXiv:1211.5063, 3.2."""
     norm = norm.to(parameters[0].dtype)
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)

@@ -7,7 +7,7 @@ import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
-from errors import UserError, first_line, note
+from errors import UserError, in_one_line, note
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -68,25 +68,25 @@ def load_config(args):
                 "a hub id, owner/name"
             )
         twin = next((key for key, row in PRESETS.items() if name in row[-1]), None)
-        if skip_unreachable_hub() and twin:
-            note(f"--model_name {name}: the hub can't be reached, so the preset {twin} is used")
+        if hub_is_unreachable() and twin:
+            note(f"--model_name {name}: no hub to be reached, the preset {twin} (bytes) is used")
             args.model_name = name = twin
     config = preset(name) if name in PRESETS else from_transformers(name)
     override(config, args)
     return config
 
 
-def skip_unreachable_hub():
-    """Whether the hub does not answer; its clients then look into their cache alone.
+def hub_is_unreachable():
+    """Ask the hub once; if it does not answer, its clients will look into their cache alone.
 
-    By themselves they would try again for half a minute. Call it before importing them.
+    By themselves they would try again for half a minute. Call this before importing them.
     """
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=5)
     except urllib.error.HTTPError:
         pass  # it answered
-    except OSError:
+    except (OSError, ValueError):
         os.environ["HF_HUB_OFFLINE"] = "1"
     return os.environ.get("HF_HUB_OFFLINE") == "1"
 
@@ -100,7 +100,7 @@ def from_transformers(name):
     try:
         config = AutoConfig.from_pretrained(name)
     except Exception as error:
-        raise UserError(f"--model_name {name}: {first_line(error)} (or name a preset)") from None
+        raise UserError(f"--model_name {name}: {in_one_line(error)} (or name a preset)") from None
     unsupported = [
         f"{field} {getattr(config, field, None)}"
         for field, known in [
@@ -131,6 +131,8 @@ def override(config, args):
     ):
         if getattr(args, field) is not None:
             setattr(config, field, getattr(args, field))
+        if getattr(config, field) < 1:
+            raise UserError(f"--model_name {args.model_name}: its {field} is below 1")
     if args.tie_word_embeddings != "config":
         config.tie_word_embeddings = args.tie_word_embeddings == "yes"
     heads, kv_heads, width = (

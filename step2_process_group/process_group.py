@@ -41,7 +41,7 @@ def init_processes(device_type):
 
 def world_size():
     """The number of processes, known before they have joined."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
 
 
 def check_world(device_type, tp=1, cp=1, dp=1, pp=1):
@@ -145,18 +145,15 @@ class Mesh:
         return "\n".join(lines)
 
 
-# On a group of one they do nothing and are not counted. A slice of a tensor is refused: gloo writes
-# its result as if the memory were dense, over the neighbouring elements.
-
-
 class Done:
-    """The handle of a collective that had nothing to do."""
+    """The handle of a collective on a group of one: nothing to do, nothing to count."""
 
     def wait(self):
         pass
 
 
-def check(collective, x):
+def assert_contiguous(collective, x):
+    """Refuse a slice: gloo writes as if memory were dense, over the neighbouring elements."""
     assert x.is_contiguous(), f"{collective} of a slice: shape {x.shape}, strides {x.stride()}"
 
 
@@ -165,7 +162,7 @@ def all_reduce(x, group, op=ReduceOp.SUM, async_op=False):
 
     Returns x, or with async_op a handle to `wait()` for.
     """
-    check("all_reduce", x)
+    assert_contiguous("all_reduce", x)
     if group.size == 1:
         return Done() if async_op else x
     record(group.axis, "all_reduce", x.nbytes)
@@ -178,7 +175,7 @@ def all_gather(x, group, async_op=False):
 
     Returns the result, or with async_op (result, handle).
     """
-    check("all_gather", x)
+    assert_contiguous("all_gather", x)
     out, work = x, Done()
     if group.size > 1:
         out = x.new_empty(group.size * x.shape[0], *x.shape[1:])
@@ -192,7 +189,7 @@ def reduce_scatter(x, group, async_op=False):
 
     Returns the result, or with async_op (result, handle).
     """
-    check("reduce_scatter", x)
+    assert_contiguous("reduce_scatter", x)
     out, work = x, Done()
     if group.size > 1:
         assert x.shape[0] % group.size == 0, f"{x.shape[0]} rows for {group.size} ranks"
@@ -204,7 +201,7 @@ def reduce_scatter(x, group, async_op=False):
 
 def broadcast(x, group, source=0):
     """Replace x, in place on every rank, by that of the group's rank `source`."""
-    check("broadcast", x)
+    assert_contiguous("broadcast", x)
     if group.size > 1:
         record(group.axis, "broadcast", x.nbytes)
         dist.broadcast(x, group=group.handle, src=group.ranks[source])
@@ -217,10 +214,14 @@ def exchange(group, send=(), receive=()):
     send, receive: lists of (tensor, global rank of the peer). Returns the handles to `wait()` for;
     between two ranks messages arrive in the order in which they were sent.
     """
+    if group.size == 1:
+        for (x, _), (out, _) in zip(send, receive, strict=True):
+            out.copy_(x)
+        return []
     operations = []
     for collective, posted in ((dist.isend, send), (dist.irecv, receive)):
         for x, peer in posted:
-            check(collective.__name__, x)
+            assert_contiguous(collective.__name__, x)
             operations.append(dist.P2POp(collective, x, peer, group.handle))
     for x, _ in send:
         record(group.axis, "send", x.nbytes)
@@ -245,9 +246,9 @@ def from_first(group, make):
     return result[0]
 
 
-def largest(value, world, device):
+def max_over_ranks(value, world, device):
     """The largest of a number over all ranks, a float64 scalar on the device."""
-    value = torch.tensor(value, dtype=torch.float64, device=device)
+    value = torch.full((), float(value), dtype=torch.float64, device=device)
     return all_reduce(value, world, ReduceOp.MAX)
 
 

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 import process_group as pg
-from errors import UserError, first_line
-from presets import PRESETS, skip_unreachable_hub
+from errors import UserError, in_one_line
+from presets import PRESETS, hub_is_unreachable
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "four-d-from-scratch"
+FORMAT = 1  # of the cache: another number makes all texts be tokenised anew
 LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 SAVED_TO_DISK = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves in its folder
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
@@ -36,7 +37,7 @@ def load_tokens(args, world, device):
         size = max(2**22, 4 * args.tokens_per_step)
         return np.random.default_rng(args.seed).integers(vocab_size, size=size, dtype=np.uint32)
     folder = pg.from_first(world, lambda: tokenised(args))
-    if pg.largest(not folder.exists(), world, device):
+    if pg.max_over_ranks(not folder.exists(), world, device):
         raise UserError(f"{folder} is not on every host: set XDG_CACHE_HOME to a shared folder")
     about = json.loads((folder / "about.json").read_text())
     if about["largest_id"] >= vocab_size:
@@ -53,14 +54,16 @@ def tokenised(args):
     files = local_files(args.dataset_name)
     own = "bytes" if args.model_name in PRESETS else args.model_name
     tokenizer_name = args.tokenizer_name or own
-    key = [args.dataset_name, args.dataset_config, args.text_column, tokenizer_name]
-    key += [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = [FORMAT, args.dataset_name, args.dataset_config, args.text_column, tokenizer_name]
+    local = Path(tokenizer_name).is_dir()
+    behind = [*files, *(sorted(Path(tokenizer_name).glob("*")) if local else [])]
+    key += [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in behind]
     folder = CACHE / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     if not folder.exists():
-        local = tokenizer_name == "bytes" or Path(tokenizer_name).is_dir()
-        offline = not (files and local) and skip_unreachable_hub()  # before what talks to it
-        texts = load_texts(args, files, offline)
+        if not (files and (local or tokenizer_name == "bytes")):
+            hub_is_unreachable()  # before the libraries that would go on asking are imported
         tokenizer = load_tokenizer(tokenizer_name)
+        texts = load_texts(args, files)
         CACHE.mkdir(parents=True, exist_ok=True)
         # Complete or absent: written aside, then renamed.
         with tempfile.TemporaryDirectory(dir=CACHE) as aside:
@@ -107,7 +110,7 @@ def library_files():
     return sorted(files)
 
 
-def load_texts(args, files, offline):
+def load_texts(args, files):
     """The data set as `datasets.Dataset` with the texts in `--text_column`."""
     name, path = args.dataset_name, Path(args.dataset_name).expanduser()
     import datasets
@@ -118,7 +121,7 @@ def load_texts(args, files, offline):
         datasets.disable_progress_bars()
     try:
         if name == "python-stdlib":
-            texts = [file.read_text(errors="ignore") for file in files]
+            texts = [file.read_text(encoding="utf-8", errors="ignore") for file in files]
             return datasets.Dataset.from_dict({args.text_column: texts})
         if any((path / marker).exists() for marker in SAVED_TO_DISK):
             found = datasets.load_from_disk(str(path))
@@ -129,14 +132,18 @@ def load_texts(args, files, offline):
         else:
             found = datasets.load_dataset(name, args.dataset_config)
     except Exception as error:
-        remedy = " (or name a local file)" if offline else ""
-        raise UserError(f"--dataset_name {name}: {first_line(error)}{remedy}") from None
+        raise UserError(
+            f"--dataset_name {name}: {in_one_line(error)} (mend it, or name a local file)"
+        ) from None
     if isinstance(found, datasets.DatasetDict):
         found = found["train"] if "train" in found else next(iter(found.values()))
     if args.text_column not in found.column_names:
         raise UserError(
             f"--text_column {args.text_column}: {name} has the columns {found.column_names}"
         )
+    kind = getattr(found.features[args.text_column], "dtype", "nested")
+    if kind not in ("string", "large_string", "null"):
+        raise UserError(f"--text_column {args.text_column}: {name} has no text there but {kind}")
     return found
 
 
@@ -150,7 +157,7 @@ def load_tokenizer(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         raise UserError(
-            f"--tokenizer_name {name}: {first_line(error)} (or use --tokenizer_name bytes)"
+            f"--tokenizer_name {name}: {in_one_line(error)} (or use --tokenizer_name bytes)"
         ) from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"--tokenizer_name {name}: it has no end token to put between documents")

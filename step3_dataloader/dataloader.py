@@ -19,8 +19,8 @@ HELD_OUT_AT_MOST = 256  # sequences that one evaluation reads
 class Windows(Dataset):
     """Sequences of seq_len + 1 tokens, cut from the joined documents one after the other.
 
-    Neighbours share one token, the last target of the one and the first input of the other, so
-    each token is predicted exactly once.
+    Neighbours share one token, the last target of the one and the first input of the other: no
+    token but the very first is left unpredicted, and none is predicted twice.
     """
 
     def __init__(self, tokens, seq_len):
@@ -39,17 +39,17 @@ class Order:
     """An endless row of epochs, each shuffled anew; each step takes the next batch_size of them."""
 
     def __init__(self, count, batch_size, seed):
-        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.windows, self.batch_size, self.seed = count, batch_size, seed
         self.epoch, self.shuffled = None, None
 
     def sequence(self, position):
         """Index of the window at a position of the endless row."""
-        epoch, place = divmod(position, self.count)
+        epoch, place = divmod(position, self.windows)
         if epoch != self.epoch:
             digest = hashlib.sha256(f"{self.seed} epoch {epoch}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
             self.epoch = epoch
-            self.shuffled = torch.randperm(self.count, generator=generator).numpy()
+            self.shuffled = torch.randperm(self.windows, generator=generator).numpy()
         return int(self.shuffled[place])
 
     def cut(self, size, step):
@@ -66,20 +66,20 @@ class Batches:
 
     def __init__(self, args, tokens, device):
         self.device = device
-        self.size, self.count = args.micro_batch_size, args.gradient_accumulation_steps
+        self.micro_batch_size = args.micro_batch_size
+        self.micro_batches_a_step = args.gradient_accumulation_steps
         self.windows = Windows(tokens, args.seq_len)
         held_out = max(1, len(self.windows) // 64)
         training = len(self.windows) - held_out
-        batch_size = self.size * self.count
+        batch_size = self.micro_batch_size * self.micro_batches_a_step
         if training < batch_size:
             raise UserError(
                 f"--dataset_name {args.dataset_name}: its {len(tokens)} tokens make "
                 f"{max(training, 0)} training sequences of --seq_len {args.seq_len}, and a step "
-                f"takes {batch_size}, --micro_batch_size {self.size} x "
-                f"--gradient_accumulation_steps {self.count}: lower one of these"
+                f"takes {batch_size}, --micro_batch_size {self.micro_batch_size} x "
+                f"--gradient_accumulation_steps {self.micro_batches_a_step}: lower one of these"
             )
         self.order = Order(training, batch_size, args.seed)
-        # Whole batches, so that every layout reads the same, spread evenly over the held-out part.
         count = max(1, min(held_out, HELD_OUT_AT_MOST) // batch_size) * batch_size
         self.held_out = [training + row * held_out // count for row in range(count)]
         self.positions = torch.arange(args.seq_len, device=device)
@@ -92,15 +92,21 @@ class Batches:
     def micro_batches(self, step):
         """The micro-batches of a step: tokens, targets [micro_batch, seq] and positions [seq]."""
         if step != self.next_step:
-            self.loading = iter(self.load(self.order.cut(self.size, step)))
-        for _ in range(self.count):
+            self.loading = iter(self.load(self.order.cut(self.micro_batch_size, step)))
+        self.next_step = None  # until this one is read to its end
+        for _ in range(self.micro_batches_a_step):
             yield self.split(next(self.loading))
         self.next_step = step + 1
 
     def evaluation(self):
-        """The micro-batches of the held-out part, the same at every call."""
-        cut = range(0, len(self.held_out), self.size)
-        for window in self.load([self.held_out[start : start + self.size] for start in cut]):
+        """Micro-batches of `held_out`, the same at every call.
+
+        They are whole batches, at most HELD_OUT_AT_MOST sequences spread evenly over the held-out
+        part; where it is smaller than one batch, some sequences come more than once.
+        """
+        size = self.micro_batch_size
+        cut = [self.held_out[start : start + size] for start in range(0, len(self.held_out), size)]
+        for window in self.load(cut):
             yield self.split(window)
 
     def load(self, micro_batches):

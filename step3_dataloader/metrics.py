@@ -2,11 +2,12 @@
 
 import json
 import resource
+import sys
 import time
 
 import torch
 
-from errors import UserError, first_line
+from errors import UserError, in_one_line
 
 # Dense bfloat16 FLOP/s by what the GPU's name contains; from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -38,7 +39,8 @@ def peak_memory_gb(device):
     """Peak memory in 1e9 bytes: allocated on CUDA, resident size of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 class Metrics:
@@ -48,8 +50,15 @@ class Metrics:
         self.devices = devices
         self.flops_per_token = flops_per_token
         self.peak = peak_flops(device)
-        self.file = open(args.metrics_file, "w") if args.metrics_file else None
-        self.wandb = None
+        self.args, self.file, self.wandb = args, None, None
+        self.tokens = 0
+        self.clock = time.perf_counter()
+
+    def open(self):
+        """Open what the numbers go to; raises UserError."""
+        args = self.args
+        if args.metrics_file:
+            self.file = open(args.metrics_file, "w")
         if args.use_wandb:
             import wandb
 
@@ -58,10 +67,8 @@ class Metrics:
                     project="four-d-from-scratch", name=args.run_name, config=vars(args)
                 )
             except wandb.Error as error:
-                words = first_line(error)
+                words = in_one_line(error)
                 raise UserError(f"--use_wandb: {words} (or set WANDB_MODE=offline)") from None
-        self.tokens = 0
-        self.clock = time.perf_counter()
 
     def log(self, metrics):
         """Report what `train_step` returned, with tokens/s and MFU since the last call."""

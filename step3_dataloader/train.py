@@ -6,7 +6,6 @@ python train.py
 import math
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -82,8 +81,12 @@ def parse_args(argv):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
     pg.check_world(args.device, dp=pg.world_size())
-    if args.metrics_file and not Path(args.metrics_file).absolute().parent.is_dir():
-        raise UserError(f"--metrics_file {args.metrics_file}: make its directory first")
+    if args.metrics_file is not None:
+        try:
+            open(args.metrics_file, "a").close()
+        except OSError as error:
+            path, reason = args.metrics_file, error.strerror
+            raise UserError(f"--metrics_file {path!r}: {reason}; name a file to write") from None
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     args.config = load_config(args)
     local_files(args.dataset_name)  # raises for a path that is not there
@@ -91,7 +94,7 @@ def parse_args(argv):
         args.num_workers = 2 if args.device == "cuda" else 0
     sequences = args.micro_batch_size * args.gradient_accumulation_steps
     args.tokens_per_step = sequences * args.seq_len
-    args.total_steps = math.ceil(args.max_tokens / args.tokens_per_step)
+    args.total_steps = -(-args.max_tokens // args.tokens_per_step)  # rounded up
     return args
 
 
@@ -127,25 +130,34 @@ def setup(args):
     return State(args, device, mesh, model, parameters, optimizer, data)
 
 
-def forward_backward(state):
-    """Add one step's gradients to the parameters; returns the mean loss, a float64 scalar."""
+def mean_loss(state, micro_batches, targets_in_all, backward):
+    """The mean loss of some micro-batches, a float64 scalar; with backward, adds its gradient.
+
+    targets_in_all: of all micro-batches together. Each one's sum is divided by it, so that the
+    sum of the gradients is the gradient of the mean.
+    """
     total = torch.zeros((), dtype=torch.float64, device=state.device)
-    for tokens, targets, positions in state.data.micro_batches(state.step):
-        # The global number of targets, not the micro-batch's: gradients add up to the batch's mean.
-        loss = state.model(tokens, targets, positions) / state.args.tokens_per_step
-        loss.backward()
+    for tokens, targets, positions in micro_batches:
+        loss = state.model(tokens, targets, positions) / targets_in_all
+        if backward:
+            loss.backward()
         total += loss.detach()
     return total
 
 
+def forward_backward(state):
+    """Add one step's gradients to the parameters; returns the mean loss, a scalar."""
+    micro_batches = state.data.micro_batches(state.step)
+    return mean_loss(state, micro_batches, state.args.tokens_per_step, backward=True)
+
+
 def evaluate(state):
-    """Mean loss over the held-out sequences, a number."""
-    total, count = torch.zeros((), dtype=torch.float64, device=state.device), 0
-    for tokens, targets, positions in state.data.evaluation():
-        # With a graph that is dropped at once: the compiled layers need no second version.
-        total += state.model(tokens, targets, positions).detach()
-        count += targets.numel()
-    return total.item() / count
+    """Mean loss over the sequences of `Batches.evaluation`, a number.
+
+    Autograd stays on, so that compiled layers need no second version; its graph is dropped.
+    """
+    targets = len(state.data.held_out) * state.args.seq_len
+    return mean_loss(state, state.data.evaluation(), targets, backward=False).item()
 
 
 def train_step(state):
@@ -165,13 +177,13 @@ def train_step(state):
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     state.optimizer.step()
-    memory = pg.largest(peak_memory_gb(state.device), state.mesh.world, state.device)
+    memory = pg.max_over_ranks(peak_memory_gb(state.device), state.mesh.world, state.device)
     # The only place where the host waits for the device.
     loss, grad_norm, memory = torch.stack([loss, grad_norm, memory]).tolist()
-    if not math.isfinite(loss):
+    if not math.isfinite(loss + grad_norm):
         raise UserError(
-            f"the loss is {loss} at step {state.step}: lower --learning_rate {args.learning_rate} "
-            f"or raise --warmup_steps {args.warmup_steps}"
+            f"loss {loss}, gradient norm {grad_norm} at step {state.step}: lower --learning_rate "
+            f"{args.learning_rate} or raise --warmup_steps {args.warmup_steps}"
         )
     return {
         "step": state.step,
@@ -186,9 +198,10 @@ def train_step(state):
 def main(args):
     state = setup(args)
     world, flops = state.mesh.world, flops_per_token(state.model, args.seq_len)
+    metrics = Metrics(args, state.device, flops, world.size)
+    pg.from_first(world, metrics.open)
     if speaks := world.is_first:
         print(state.mesh)
-        metrics = Metrics(args, state.device, flops, world.size)
     while state.step < args.total_steps:
         counting = args.comm_ledger and state.step == 0
         with communication_ledger(state.mesh, counting, report_traffic(state.mesh)):

@@ -1,5 +1,6 @@
 """Which step's code a test runs on: all of them, or the reader's own with --step-dir."""
 
+import os
 import re
 from pathlib import Path
 
@@ -21,6 +22,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if "gpu" not in config.getoption("-m").replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the other tests are about the CPU
     config.addinivalue_line(
         "markers",
         "steps(first, last): the steps that a test runs on; with --step-dir, any from the first on",

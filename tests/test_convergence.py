@@ -39,9 +39,11 @@ def test_splits_of_the_batch_converge(tmp_path):
     assert figure.read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
-def test_a_planted_error_is_caught(dtype):
-    arguments = ["--dtype", dtype, "--steps", "5", "--plant", "halve_norm_gradients"]
+@pytest.mark.parametrize(
+    "dtype, steps", [("float64", "5"), pytest.param("float32", "200", marks=pytest.mark.slow)]
+)
+def test_a_planted_error_is_caught(dtype, steps):
+    arguments = ["--dtype", dtype, "--steps", steps, "--plant", "halve_norm_gradients"]
     text = command("convergence.py", *arguments, "step3_dataloader --micro_batch_size 8", code=1)
     assert rows(text)[1][6] == "OUTSIDE"
 

@@ -10,6 +10,7 @@ import sys
 import termios
 
 import numpy as np
+import numpy_llama
 import pytest
 import workers
 from harness import World
@@ -113,6 +114,22 @@ def test_a_tokenizer_of_a_local_model(step_dir, cached, tmp_path):
     assert len(tokens) == 19
 
 
+def test_a_tokenizer_that_was_trained_anew_is_noticed(step_dir, cached, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    (tmp_path / "a.txt").write_text("to be")
+    argv = f"--dataset_name {tmp_path / 'a.txt'} --tokenizer_name {tmp_path / 'tok'}"
+    for ids in ([2, 3], [3, 2]):
+        vocabulary = {"<end>": 0, "?": 1, "to": ids[0], "be": ids[1]}
+        words = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+        words.pre_tokenizer = pre_tokenizers.Whitespace()
+        made = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
+        made.save_pretrained(tmp_path / "tok")
+        ((tokens, _),) = cached(step_dir).run(workers.tokens_of, argv)
+        assert tokens.tolist() == [*ids, 0]
+
+
 def test_the_first_rank_tokenises_once_and_the_others_wait(step_dir, tmp_path):
     (tmp_path / "a.txt").write_text("some text")
     argv = f"--dataset_name {tmp_path / 'a.txt'}"
@@ -204,6 +221,22 @@ def test_the_sequences_of_a_step_do_not_depend_on_the_layout(step_dir, worlds, f
     steps = [0, 1, 2, 13, 3, 40]  # back and forth: the step is all of the position
     expected = [in_order[step] for step in steps], held_out, count
     assert batches(worlds, step_dir, flags, steps) == expected
+
+
+def test_a_step_that_was_left_in_the_middle_starts_anew(step_dir, worlds):
+    argv = "--seq_len 10 --micro_batch_size 2 --gradient_accumulation_steps 4"
+    ((whole, again),) = worlds(step_dir, 1).run(workers.left_and_read_again, argv, TOKENS)
+    assert np.array_equal(whole, again)
+
+
+@pytest.mark.parametrize("split", ["8 --gradient_accumulation_steps 1", "2"])
+def test_the_held_out_loss_is_that_of_the_oracle(step_dir, worlds, split):
+    argv = "--dtype float64 --num_hidden_layers 1 --seq_len 16 --dataset_name random "
+    argv += f"--micro_batch_size {split}"
+    ((loss, weights, config, tokens, targets),) = worlds(step_dir, 1).run(workers.evaluated, argv)
+    assert len(tokens) == 256
+    expected, _ = numpy_llama.loss_and_gradients(weights, config, tokens, targets, np.arange(16))
+    assert loss == pytest.approx(expected / targets.size, rel=1e-12)
 
 
 def test_the_seed_gives_the_order(step_dir, worlds):

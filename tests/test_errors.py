@@ -29,7 +29,13 @@ STEP1 = {
     "--compile fast": ("--compile", "fast", "inductor"),
     "--seq 64": ("unrecognized arguments", "--seq", "--help"),
     "--metrics_file {tmp}/nowhere/m.jsonl": ("--metrics_file", "nowhere", "directory"),
+    "--metrics_file {tmp}": ("--metrics_file", "directory"),
     "--learning_rate 1e38 --warmup_steps 0 --seq_len 8": ("nan at step", "--learning_rate"),
+    "--learning_rate 1e25 --warmup_steps 0 --seq_len 8 --num_hidden_layers 1 --max_tokens 64": (
+        "gradient norm nan at step 2",
+    ),
+    "--warmup_steps 1e3": ("--warmup_steps", "'1e3'", "0 or more"),
+    "--model_name {tmp}/zero": ("zero", "num_hidden_layers", "below 1"),
 }
 STEP1_ONLY = {"--vocab_size 100": ("--vocab_size 100", "256")}
 STEP3 = {
@@ -40,6 +46,8 @@ STEP3 = {
     "--dataset_name {tmp}/short.txt": ("short.txt", "--seq_len 128", "--micro_batch_size 4"),
     "--dataset_name {tmp}/bad.parquet": ("--dataset_name", "bad.parquet"),
     "--dataset_name {tmp}/mixed": ("--dataset_name", "mixed", "one kind"),
+    "--dataset_name {tmp}/numbers.jsonl": ("--text_column text", "no text there but int64"),
+    "--dataset_name {tmp}/latin.txt": ("latin.txt", "utf-8", "0xe9"),
     "--dataset_name {tmp}/rows.jsonl": ("--text_column text", "rows.jsonl", "story"),
     "--dataset_name nobody/nothing": ("--dataset_name nobody/nothing", "local file"),
     "--tokenizer_name nobody/nothing --dataset_name {tmp}/a.txt": ("--tokenizer_name", "bytes"),
@@ -53,9 +61,11 @@ STEP3 = {
 def folder(tmp_path_factory):
     """Files that are wrong in one way each."""
     folder = tmp_path_factory.mktemp("wrong")
-    for name in ("gpt2", "yarn", "broken", "mixed", "pictures"):
+    for name in ("zero", "gpt2", "yarn", "broken", "mixed", "pictures"):
         (folder / name).mkdir()
     (folder / "gpt2" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    zero = {"model_type": "llama", "num_hidden_layers": 0}
+    (folder / "zero" / "config.json").write_text(json.dumps(zero))
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
     workers.tiny_config(rope_parameters=rope).save_pretrained(folder / "yarn")
     (folder / "broken" / "config.json").write_text("{")
@@ -66,6 +76,8 @@ def folder(tmp_path_factory):
     (folder / "short.txt").write_text("ten bytes.")
     (folder / "a.txt").write_text("any text will do " * 1000)
     (folder / "bad.parquet").write_bytes(b"no parquet at all")
+    (folder / "numbers.jsonl").write_text('{"text": 7}\n')
+    (folder / "latin.txt").write_bytes("café".encode("latin-1"))
     (folder / "rows.jsonl").write_text('{"story": "text"}\n' * 9)
     return folder
 
@@ -89,6 +101,7 @@ def launch_all(step_dir, folder, subtests, cases, seconds):
         # Caches of their own, but where a tokenised standard library has to be there.
         caches = {"XDG_CACHE_HOME": str(folder), "HF_HOME": str(folder / "hf")}
         caches = {} if "seq_len" in flags else caches
+        caches["HF_ENDPOINT"] = "http://127.0.0.1:9"  # a hub that can't be reached
         return launch(step_dir, flags.format(tmp=folder), **caches)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -101,6 +114,18 @@ def launch_all(step_dir, folder, subtests, cases, seconds):
 def test_wrong_calls_of_the_model(step_dir, folder, subtests):
     cases = STEP1 if step_number(step_dir) > 2 else STEP1 | STEP1_ONLY
     launch_all(step_dir, folder, subtests, cases, 15)
+
+
+@pytest.mark.steps(1, 1)
+def test_a_hub_id_of_a_preset_needs_no_hub(step_dir):
+    flags = "--model_name HuggingFaceTB/SmolLM-135M --hidden_size 18 --num_hidden_layers 1"
+    flags += " --seq_len 8 --max_tokens 1"
+    if step_number(step_dir) > 2:
+        flags += " --dataset_name random"
+    result = launch(step_dir, flags, HF_ENDPOINT="http://127.0.0.1:9")
+    assert result.code == 0 and result.errors == [""]
+    assert result.out.count("note: ") == 1
+    assert "smollm-135m" in result.out.splitlines()[0]
 
 
 @pytest.mark.steps(3, 3)
@@ -121,6 +146,16 @@ def test_an_error_of_the_tokenising_rank_ends_all(step_dir, folder):
     late = (workers.__file__.replace("workers.py", "breaks.py"), "late_first_rank")
     result = launch(step_dir, flags.format(tmp=folder), ranks=2, through=late)
     assert_one_line(result, STEP3[flags], 30)
+
+
+@pytest.mark.steps(2, 2)
+def test_an_error_in_opening_the_reports_ends_all(step_dir, tmp_path):
+    environment = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "WANDB_DIR": str(tmp_path)}
+    environment |= {"HOME": str(tmp_path), "WANDB_SILENT": "true"}
+    result = launch(step_dir, "--use_wandb", ranks=2, **environment)
+    assert result.code != 0
+    assert result.errors[0].splitlines()[-1].startswith("error: --use_wandb"), result.errors[0]
+    assert result.errors[1] == ""
 
 
 @pytest.mark.steps(2, 2)

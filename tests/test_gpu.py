@@ -6,6 +6,8 @@ import torch
 import workers
 from conftest import step_number
 from harness import assert_close
+from launch import launch
+from test_errors import assert_one_line
 from test_layouts import SHAPE, WHOLE, split
 from test_model import TINY, oracle
 from test_process_group import assert_collectives, assert_mesh
@@ -92,6 +94,13 @@ def test_collectives_on_nccl(step_dir, worlds, dtype):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs 2 GPUs")
     assert_collectives(worlds(step_dir, 2).run(workers.collectives, dtype, 2, "cuda"), dtype)
+
+
+@pytest.mark.steps(2, 2)
+def test_an_error_in_the_middle_is_one_line(step_dir):
+    flags = CUDA + "--learning_rate 1e38 --warmup_steps 0 --seq_len 8"
+    for ranks in range(1, min(2, torch.cuda.device_count()) + 1):
+        assert_one_line(launch(step_dir, flags, ranks), ("nan at step",), 60)
 
 
 @pytest.mark.steps(2, 3)

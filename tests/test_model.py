@@ -7,6 +7,8 @@ import numpy_llama
 import pytest
 import workers
 from harness import World, assert_close
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
@@ -85,6 +87,64 @@ def test_logits_and_weights_agree_with_transformers(step_dir, worlds, shape):
 
 
 @pytest.mark.steps(1, 1)
+@settings(
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    kv_heads=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    half_head=st.integers(1, 5),
+    width=st.integers(1, 9),
+    vocab=st.integers(2, 99),
+    layers=st.integers(1, 3),
+    tied=st.booleans(),
+    scaled=st.booleans(),
+)
+def test_random_configurations_agree_with_transformers(
+    step_dir, worlds, kv_heads, groups, half_head, width, vocab, layers, tied, scaled
+):
+    fields = {
+        "num_key_value_heads": kv_heads,
+        "num_attention_heads": kv_heads * groups,
+        "head_dim": 2 * half_head,
+        "hidden_size": width * kv_heads * groups,  # transformers wants a multiple of the heads
+        "vocab_size": vocab,
+        "num_hidden_layers": layers,
+        "tie_word_embeddings": tied,
+        "rope_parameters": LLAMA3 if scaled else {"rope_type": "default", "rope_theta": 1e4},
+    }
+    (result,) = worlds(step_dir, 1).run(workers.against_transformers, fields, "float64")
+    ours, theirs, loss, their_loss = result
+    assert np.abs(ours - theirs).max() <= 1e-10 * np.abs(theirs).max()
+    assert loss == pytest.approx(their_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_norm_is_a_float64_sum(step_dir, train_on, dtype):
+    run = train_on(step_dir, 1, TINY.replace("float64", dtype), 2)
+    for metrics, gradient in zip(run.metrics, run.gradients, strict=True):
+        assert metrics["grad_norm"] == pytest.approx(numpy_llama.gradient_norm(gradient), rel=1e-12)
+
+
+@pytest.mark.steps(1, 1)
+def test_presets_have_the_published_sizes(step_dir, worlds):
+    """Numbers of parameters as the models' pages on the hub give them, to the last one."""
+    (sizes,) = worlds(step_dir, 1).run(workers.preset_sizes)
+    assert sizes == {
+        "debug": 1_640_576,
+        "smollm-135m": 134_515_008,
+        "smollm-360m": 361_821_120,
+        "smollm-1.7b": 1_711_376_384,
+        "tinyllama-1.1b": 1_100_048_384,
+        "llama-3.2-1b": 1_235_814_400,
+        "llama-3.1-8b": 8_030_261_248,
+    }
+
+
+@pytest.mark.steps(1, 1)
 @pytest.mark.parametrize("shape", ["plain", "wide heads", "llama3 rope"])
 def test_rotary_frequencies(step_dir, worlds, shape):
     ((ours, theirs),) = worlds(step_dir, 1).run(workers.frequencies, SHAPES[shape])
@@ -132,6 +192,10 @@ def test_bfloat16_computes_over_float32_state(step_dir, worlds):
     argv = TINY.replace("float64", "bfloat16")
     seen, kept = worlds(step_dir, 1).run(workers.dtypes_of_a_step, argv)[0]
     assert all(dtypes == {"torch.float32"} for dtypes in kept.values()), kept
+    assert "aten.cos.default" in seen["torch.float64"], "angles are computed in float64"
+    assert "aten.cos.default" not in seen["torch.float32"]
+    assert "aten._log_softmax.default" in seen["torch.float32"], "the loss is a float32 sum"
+    assert "aten._log_softmax.default" not in seen["torch.bfloat16"]
     products = {"aten.mm.default", "aten.addmm.default"}
     assert products & set(seen["torch.bfloat16"])
     assert not products & set(seen["torch.float32"])

@@ -361,13 +361,17 @@ def collectives(dtype, size, device):
         found["exchange"] = arrived
         for collective in (pg.all_reduce, pg.all_gather, pg.reduce_scatter, pg.broadcast):
             assert torch.equal(collective(mine(), alone), mine()), "nothing to do on a group of one"
+        arrived = torch.empty_like(mine())
+        assert pg.exchange(alone, [(mine(), alone.next)], [(arrived, alone.previous)]) == []
+        assert torch.equal(arrived, mine())
+        for collective in (pg.all_reduce, pg.all_gather, pg.reduce_scatter, pg.broadcast):
             try:
                 collective(mine(4)[:, :1], group)
             except AssertionError as error:
                 assert "slice" in str(error)
             else:
                 raise AssertionError(f"{collective.__name__} took a slice")
-    found["largest"] = pg.largest(7 - rank, group, device)
+    found["largest"] = pg.max_over_ranks(7 - rank, group, device)
     found["from_first"] = torch.tensor(pg.from_first(group, lambda: 100 + rank))
     return {name: value.double().cpu().numpy() for name, value in found.items()}, dict(counted)
 
@@ -456,7 +460,7 @@ def batches_of(argv, tokens, steps):
         return np.concatenate(found)
 
     train_windows = [windows(data.micro_batches(step)) for step in steps]
-    return train_windows, windows(data.evaluation()), data.order.count
+    return train_windows, windows(data.evaluation()), data.order.windows
 
 
 def byte_tokenizer_round_trip(text):
@@ -480,3 +484,43 @@ def forgotten_loader(argv, tokens):
     list(data.micro_batches(7))
     del data
     return started, len(multiprocessing.active_children())
+
+
+def left_and_read_again(argv, tokens):
+    """Tokens of step 1, read whole after step 0, and after a first micro-batch was taken."""
+    import dataloader
+    import train
+
+    def fresh():
+        data = dataloader.Batches(train.parse_args(argv.split()), tokens, torch.device("cpu"))
+        list(data.micro_batches(0))
+        return data
+
+    data = fresh()
+    next(data.micro_batches(1))
+    again = [inputs for inputs, _, _ in data.micro_batches(1)]
+    whole = [inputs for inputs, _, _ in fresh().micro_batches(1)]
+    return torch.cat(whole).numpy(), torch.cat(again).numpy()
+
+
+def evaluated(argv):
+    """(held-out loss, weights, config, all tokens and targets that it is the mean over)."""
+    import train
+
+    state = build(argv)
+    tokens, targets, _ = zip(*state.data.evaluation(), strict=True)
+    weights = {p.global_name: p.detach().numpy() for p in state.model.parameters()}
+    both = torch.cat(tokens).numpy(), torch.cat(targets).numpy()
+    return train.evaluate(state), weights, state.args.config, *both
+
+
+def preset_sizes():
+    """{name: number of parameters} of all presets."""
+    from model import Llama
+    from presets import PRESETS, preset
+
+    sizes = {}
+    for name in PRESETS:
+        with torch.device("meta"):
+            sizes[name] = sum(p.numel() for p in Llama(preset(name)).parameters())
+    return sizes
