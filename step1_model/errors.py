@@ -1,6 +1,7 @@
 """A wrong call gets one line on standard error that says what to do, and a non-zero exit."""
 
 import argparse
+import os
 import re
 import sys
 
@@ -28,9 +29,10 @@ def note(text):
 
 
 def stop(error):
-    """Print the one line and exit with code 2."""
+    """Print the one line and exit with code 2, before other libraries add words of their own."""
+    sys.stdout.flush()
     print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    os._exit(2)
 
 
 def whole_number(text, least):

@@ -33,11 +33,12 @@ def note(text):
 
 
 def stop(error):
-    """Print the one line and exit with code 2."""
+    """Print the one line and exit with code 2, before other libraries add words of their own."""
     if RANK > 0:
         time.sleep(10)  # the launcher ends this rank here if the first one has spoken
+    sys.stdout.flush()
     print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    os._exit(2)
 
 
 def whole_number(text, least):
