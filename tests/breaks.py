@@ -9,64 +9,57 @@ import os
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
-import torch
 
-
-def after_backward(train, spoil):
-    """Call spoil(state) when a step's gradients are complete, before the norm is taken."""
+def instead(train, spoil):
+    """Let spoil(state, forward_backward) stand in for a step's forward_backward(state)."""
     forward_backward = train.forward_backward
+    train.forward_backward = lambda state: spoil(state, forward_backward)
 
-    def spoiled(state):
+
+def after_backward(train, change):
+    """Call change(parameter) when a step's gradients are complete, before the norm is taken."""
+
+    def spoil(state, forward_backward):
         loss = forward_backward(state)
-        with torch.no_grad():
-            spoil(state)
+        for parameter in state.parameters:
+            change(parameter)
         return loss
 
-    train.forward_backward = spoiled
+    instead(train, spoil)
 
 
 def halve_norm_gradients(train):
     """What a sum that is missing over two ranks does to the weights of the norms."""
 
-    def halve(state):
-        for parameter in state.parameters:
-            if len(parameter.full_shape) == 1:
-                parameter.grad.mul_(0.5)
+    def halve(parameter):
+        if len(parameter.full_shape) == 1:
+            parameter.grad.mul_(0.5)
 
     after_backward(train, halve)
 
 
 def scale_gradients(train):
     """A constant factor on every gradient: Adam hides it, the gradient norm does not."""
-
-    def scale(state):
-        for parameter in state.parameters:
-            parameter.grad.mul_(2)
-
-    after_backward(train, scale)
+    after_backward(train, lambda parameter: parameter.grad.mul_(2))
 
 
 def mean_of_micro_batches(train):
     """Each micro-batch divided by its own number of targets, not by the step's."""
-    forward_backward = train.forward_backward
 
-    def spoiled(state):
-        own = state.args.tokens_per_step
-        state.args.tokens_per_step //= state.args.gradient_accumulation_steps
-        try:
+    def spoil(state, forward_backward):
+        own = state.args.tokens_per_step // state.args.gradient_accumulation_steps
+        with patch.object(state.args, "tokens_per_step", own):
             return forward_backward(state)
-        finally:
-            state.args.tokens_per_step = own
 
-    train.forward_backward = spoiled
+    instead(train, spoil)
 
 
 def last_micro_batch_only(train):
     """Gradients of all micro-batches but the last one are lost."""
-    forward_backward = train.forward_backward
 
-    def spoiled(state):
+    def spoil(state, forward_backward):
         micro_batches = state.data.micro_batches
 
         def forgetful(step):
@@ -74,13 +67,10 @@ def last_micro_batch_only(train):
                 state.optimizer.zero_grad()
                 yield micro_batch
 
-        state.data.micro_batches = forgetful
-        try:
+        with patch.object(state.data, "micro_batches", forgetful):
             return forward_backward(state)
-        finally:
-            state.data.micro_batches = micro_batches
 
-    train.forward_backward = spoiled
+    instead(train, spoil)
 
 
 def other_data_on_a_replica(train):
