@@ -131,7 +131,7 @@ def test_the_gradient_norm_is_a_float64_sum(step_dir, train_on, dtype):
 
 @pytest.mark.steps(1, 1)
 def test_presets_have_the_published_sizes(step_dir, worlds):
-    """Numbers of parameters as the models' pages on the hub give them, to the last one."""
+    """The published counts; a slip in one number of the table changes one of them."""
     (sizes,) = worlds(step_dir, 1).run(workers.preset_sizes)
     assert sizes == {
         "debug": 1_640_576,
