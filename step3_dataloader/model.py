@@ -124,6 +124,11 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+def project(x, *linears):
+    """The products of several layers with the one x that they share, a tuple."""
+    return tuple(linear(x) for linear in linears)
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions. Source: GQA (arXiv:2305.13245)."""
 
@@ -134,12 +139,13 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
         self.v_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
-        self.attention = causal_attention
+        self.project, self.attention = project, causal_attention
 
     def forward(self, x, cos, sin):  # x: [batch, seq, hidden]
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [batch, seq, heads, head_dim]
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [batch, seq, kv_heads, head_dim]
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [batch, seq, kv_heads, head_dim]
+        q, k, v = self.project(x, self.q_proj, self.k_proj, self.v_proj)
+        q = q.unflatten(-1, (-1, self.head_dim))  # [batch, seq, heads, head_dim]
+        k = k.unflatten(-1, (-1, self.head_dim))  # [batch, seq, kv_heads, head_dim]
+        v = v.unflatten(-1, (-1, self.head_dim))  # [batch, seq, kv_heads, head_dim]
         out = self.attention(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v)
         return self.o_proj(out.flatten(-2))  # [batch, seq, hidden]
 
@@ -152,9 +158,11 @@ class MLP(nn.Module):
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        self.project = project
 
     def forward(self, x):  # [batch, seq, hidden]
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.project(x, self.gate_proj, self.up_proj)  # [batch, seq, intermediate]
+        return self.down_proj(F.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):

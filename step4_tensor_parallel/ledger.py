@@ -1,0 +1,61 @@
+"""The communication ledger: how much each collective moved, beside what the formulas predict."""
+
+import contextlib
+
+ledger = None  # while recording: {(axis, collective): [calls, bytes]}
+
+
+@contextlib.contextmanager
+def recorded():
+    """Count every collective of this rank inside the block: {(axis, collective): [calls, bytes]}.
+
+    Bytes are those of the full tensor: what is reduced, what a gather returns, what a
+    reduce-scatter takes, what is sent.
+    """
+    global ledger
+    ledger = {}
+    try:
+        yield ledger
+    finally:
+        ledger = None
+
+
+def record(axis, collective, size):
+    """Add one call of `size` bytes; does nothing unless something is recording."""
+    if ledger is not None:
+        entry = ledger.setdefault((axis, collective), [0, 0])
+        entry[0] += 1
+        entry[1] += size
+
+
+def report_traffic(mesh):
+    """What every step sends, however the model is laid out: its peak memory, one float64."""
+    return {("world", "all_reduce"): (1, 8)} if mesh.world.size > 1 else {}
+
+
+@contextlib.contextmanager
+def communication_ledger(mesh, active, predicted):
+    """Print what the first rank sent in the block, beside what the formulas predict.
+
+    predicted: {(axis, collective): (calls, bytes)}.
+    """
+    if not active:
+        yield
+        return
+    with recorded() as counted:
+        yield
+    if mesh.world.is_first:
+        print(ledger_table(counted, predicted))
+
+
+def ledger_table(counted, predicted):
+    """Text that puts what was counted beside what a lesson's formula says."""
+    lines = ["axis     collective         calls         bytes   predicted: calls         bytes"]
+    for key in sorted({*counted, *predicted}):
+        calls, size = counted.get(key, (0, 0))
+        calls_due, size_due = predicted.get(key, (0, 0))
+        axis, collective = key
+        lines.append(
+            f"{axis:8} {collective:16} {calls:7,} {size:13,} {calls_due:18,} {size_due:13,}"
+        )
+    return "\n".join(lines)

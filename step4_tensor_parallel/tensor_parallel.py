@@ -1,0 +1,309 @@
+"""Tensor parallelism: every matrix of a layer is dealt out over the ranks of a group.
+
+The first matrices of attention and MLP (q, k, v; gate, up) are cut by rows, so that each rank
+computes some of the heads and some of the intermediate features; the last one (o; down) is cut by
+columns, so that each rank has a share of a sum. That sum is the one collective in between: two a
+layer forward, two backward. Source: Megatron-LM (arXiv:1909.08053), section 3.
+
+With sequence parallelism what lies between these blocks (norms, residuals) is dealt out by tokens:
+each all-reduce becomes a reduce-scatter and an all-gather. Source: arXiv:2205.05198, section 4.2.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import process_group as pg
+from errors import UserError
+from rms_norm import rms_norm
+
+
+def check_tensor_parallel(args):
+    """Raise UserError unless the ranks of a tensor-parallel group can share the model evenly."""
+    tp, config = args.tp_size, args.config
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(config, name) % tp:
+            raise UserError(
+                f"--tp_size {tp}: {name} {getattr(config, name)} is not a multiple of it; choose "
+                f"a divisor, or another --{name}"
+            )
+    if config.vocab_size < tp:
+        raise UserError(f"--tp_size {tp}: only {config.vocab_size} symbols; lower it")
+    if args.sequence_parallel and args.seq_len % tp:
+        raise UserError(
+            f"--sequence_parallel with --tp_size {tp}: --seq_len {args.seq_len} is not a multiple "
+            "of it; choose one that is"
+        )
+
+
+# Activations between the blocks are [batch, seq, hidden] on every rank, or with sequence
+# parallelism [batch, seq / tp, hidden]. Which tokens a rank holds does not matter there, for nothing
+# mixes them; so the batch is cut as it lies in memory, and no copy is needed to cut or to join it.
+
+
+def cut(x, group):
+    """View x as the parts of all ranks: [batch, seq, hidden] -> [tp * batch, seq / tp, hidden]."""
+    return x.view(group.size * x.shape[0], x.shape[1] // group.size, x.shape[2])
+
+
+def joined(parts, group):
+    """Undo `cut`: [tp * batch, seq / tp, hidden] -> [batch, seq, hidden]."""
+    return parts.view(parts.shape[0] // group.size, parts.shape[1] * group.size, parts.shape[2])
+
+
+class AllReduce(torch.autograd.Function):
+    """All-reduce forward, identity backward: shares of a sum become the sum."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.mark_dirty(x)
+        return pg.all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class ReduceScatter(torch.autograd.Function):
+    """Reduce-scatter forward, all-gather backward: shares of a sum become a part of the sum."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return pg.reduce_scatter(cut(x, group), group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return joined(pg.all_gather(grad.contiguous(), ctx.group), ctx.group), None
+
+
+class SumGradient(torch.autograd.Function):
+    """Identity forward, all-reduce backward: a weight that each rank uses on tokens of its own."""
+
+    @staticmethod
+    def forward(ctx, weight, group):
+        ctx.group = group
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return pg.all_reduce(grad.contiguous(), ctx.group), None
+
+
+class ColumnParallel(torch.autograd.Function):
+    """y = x Wᵀ for several weights whose rows are dealt out. Identity forward, all-reduce backward.
+
+    With sequence parallelism all-gather forward, reduce-scatter backward; the gathered x is dropped
+    after use and gathered again for the weights' gradients.
+    """
+
+    @staticmethod
+    def forward(ctx, x, group, sequence_parallel, *weights):
+        ctx.group, ctx.sequence_parallel = group, sequence_parallel
+        ctx.save_for_backward(x, *weights)
+        if sequence_parallel:
+            x = joined(pg.all_gather(x.contiguous(), group), group)
+        return tuple(F.linear(x, weight.to(x.dtype)) for weight in weights)  # [batch, seq, out / tp]
+
+    @staticmethod
+    def backward(ctx, *grads):  # each [batch, seq, out / tp]
+        x, *weights = ctx.saved_tensors
+        if ctx.sequence_parallel:  # meanwhile the first products are computed
+            x, gathered = pg.all_gather(x.contiguous(), ctx.group, async_op=True)
+        # This rank's share of a sum: the other rows of the weights are elsewhere.
+        products = [g @ weight.to(g.dtype) for g, weight in zip(grads, weights, strict=True)]
+        grad_x = sum(products[1:], products[0])  # [batch, seq, in]
+        if ctx.sequence_parallel:
+            gathered.wait()
+            grad_x, summed = pg.reduce_scatter(cut(grad_x, ctx.group), ctx.group, async_op=True)
+        else:
+            summed = pg.all_reduce(grad_x, ctx.group, async_op=True)
+        # While it is being summed, the weights' gradients: they need no communication.
+        x = x.flatten(0, 1)  # [tokens, in]
+        grad_weights = [g.flatten(0, 1).T @ x for g in grads]
+        summed.wait()
+        pairs = zip(grad_weights, weights, strict=True)
+        return grad_x, None, None, *(grad.to(weight.dtype) for grad, weight in pairs)
+
+
+def part(weight, dim, group):
+    """This rank's share of a meta weight along a dim; shares differ by one where it is not even."""
+    size = weight.shape[dim]
+    start, stop = (size * place // group.size for place in (group.rank, group.rank + 1))
+    held = list(weight.held)
+    held[dim] = slice(start, stop)
+    share = nn.Parameter(weight.detach()[tuple(held)])
+    share.__dict__.update(weight.__dict__, held=tuple(held))
+    return share
+
+
+# The compiler would trace into a collective, and can neither overlap nor count it: layers are
+# compiled up to here, and from here on. This is the one place where that is said.
+@torch.compiler.disable
+def project(x, *linears):
+    """The products of several column-parallel layers with the one x that they share, a tuple.
+
+    Their gradients for x are added on each rank first: one all-reduce for all of them.
+    """
+    weights = [linear.weight for linear in linears]
+    return ColumnParallel.apply(x, linears[0].group, linears[0].sequence_parallel, *weights)
+
+
+@torch.compiler.disable
+def communicate(function, x, group):
+    return function.apply(x, group)
+
+
+class ColumnParallelLinear(nn.Module):
+    """A linear layer with the rows of its weight dealt out: [..., in] -> [..., out / tp]."""
+
+    def __init__(self, linear, group, sequence_parallel):
+        super().__init__()
+        self.weight = part(linear.weight, 0, group)
+        self.group, self.sequence_parallel = group, sequence_parallel
+
+    def forward(self, x):
+        return project(x, self)[0]
+
+
+class RowParallelLinear(nn.Module):
+    """A linear layer with the columns of its weight dealt out: [..., in / tp] -> [..., out]."""
+
+    def __init__(self, linear, group, sequence_parallel):
+        super().__init__()
+        self.weight = part(linear.weight, 1, group)
+        self.group, self.sum = group, ReduceScatter if sequence_parallel else AllReduce
+
+    def forward(self, x):
+        return communicate(self.sum, F.linear(x, self.weight.to(x.dtype)), self.group)
+
+
+class VocabularyParallelEmbedding(nn.Module):
+    """Rows of the table dealt out; a token finds its row on one rank and zeros on the others."""
+
+    def __init__(self, embedding, group, sequence_parallel):
+        super().__init__()
+        self.weight = part(embedding.weight, 0, group)
+        self.group, self.sum = group, ReduceScatter if sequence_parallel else AllReduce
+
+    def forward(self, tokens):  # [batch, seq]
+        row, here = local_symbol(tokens, self.weight.held[0])
+        x = F.embedding(row, self.weight).masked_fill(~here[..., None], 0)
+        return communicate(self.sum, x, self.group)
+
+
+class SequenceParallelRMSNorm(nn.Module):
+    """An RMSNorm over this rank's tokens; the gradient of its weight is that of all tokens."""
+
+    def __init__(self, norm, group, sequence_parallel):
+        super().__init__()
+        self.weight, self.eps, self.group = norm.weight, norm.eps, group
+
+    def forward(self, x):
+        return rms_norm(x, communicate(SumGradient, self.weight, self.group), self.eps)
+
+
+def local_symbol(symbols, held):
+    """Where symbols are in this rank's slice of the vocabulary (0 if elsewhere), and whether."""
+    here = (symbols >= held.start) & (symbols < held.stop)
+    return (symbols - held.start).where(here, 0), here
+
+
+class VocabularyParallelCrossEntropy(torch.autograd.Function):
+    """Summed negative log-likelihood where each rank has the logits of its symbols only.
+
+    logits: [batch, seq, vocab / tp]; targets: [batch, seq]; held: this rank's slice of the
+    vocabulary. All-gather of two numbers a token forward, no communication backward.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets, held, group):
+        x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        column, here = local_symbol(targets, held)
+        picked = x.gather(-1, column[..., None])[..., 0].where(here, 0)  # [batch, seq]
+        parts = torch.stack([x.logsumexp(-1), picked])[None]
+        parts = pg.all_gather(parts, group)  # [tp, 2, batch, seq]
+        log_sum, picked = parts[:, 0].logsumexp(0), parts[:, 1].sum(0)
+        ctx.save_for_backward(logits, column, here, log_sum)
+        return (log_sum - picked).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, column, here, log_sum = ctx.saved_tensors
+        probabilities = (logits.to(log_sum.dtype) - log_sum[..., None]).exp_()
+        hit = here[..., None].to(log_sum.dtype)
+        grad_logits = probabilities.scatter_add_(-1, column[..., None], -hit).mul_(grad)
+        return grad_logits.to(logits.dtype), None, None, None
+
+
+@torch.compiler.disable
+def cross_entropy(logits, targets, held, group):
+    return VocabularyParallelCrossEntropy.apply(logits, targets, held, group)
+
+
+PLAN = {
+    "embed_tokens": VocabularyParallelEmbedding,
+    **dict.fromkeys(["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], ColumnParallelLinear),
+    **dict.fromkeys(["o_proj", "down_proj"], RowParallelLinear),
+    "lm_head": ColumnParallelLinear,
+}
+NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
+SEQUENCE_PLAN = dict.fromkeys(NORMS, SequenceParallelRMSNorm)
+
+
+def apply_tensor_parallel(model, group, sequence_parallel=False):
+    """Let a model on the meta device hold and compute this rank's share; a group of one does all.
+
+    Every parameter gets `counted`: whether this rank's copy is the one in the gradient norm.
+    """
+    if group.size > 1:
+        plan = {**PLAN, **(SEQUENCE_PLAN if sequence_parallel else {})}
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if name in plan:
+                    setattr(parent, name, plan[name](child, group, sequence_parallel))
+            if hasattr(parent, "project"):
+                parent.project = project
+        if model.model.config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        held = model.lm_head.weight.held[0]
+        model.cross_entropy = functools.partial(cross_entropy, held=held, group=group)
+    for parameter in model.parameters():
+        parameter.counted = group.is_first or parameter.shape != parameter.full_shape
+
+
+def tensor_parallel_traffic(args, mesh, parameters):
+    """What the group sends in a step: {(axis, collective): (calls, bytes)}, by the formula.
+
+    parameters: their number in the whole model; the gradient norm sends a float64 for each.
+    """
+    if args.tp_size == 1:
+        return {}
+    layers, width = args.config.num_hidden_layers, args.config.hidden_size
+    tokens = args.micro_batch_size * args.seq_len // mesh.sizes["cp"]
+    weight = 8 if args.dtype == "float64" else 4  # bytes of one, and of what accumulates
+    number = 2 if args.dtype == "bfloat16" else weight
+    again = args.activation_checkpointing  # of what is computed twice, o's sum and all gathers
+
+    # Forward o and down, backward qkv, gate-up and the head; the embedding's are of weights.
+    sums = (4 + again) * layers + 2, tokens * width * (((4 + again) * layers + 1) * number + weight)
+    each = {("tp", "all_gather"): (1, tokens * 2 * weight * args.tp_size)}  # the loss
+    if not args.sequence_parallel:
+        each["tp", "all_reduce"] = sums
+    else:
+        # Every sum is a reduce-scatter. Each is undone by a gather on its way back, forward to
+        # backward; and once more for the weights' gradients of qkv, gate-up and the head.
+        each["tp", "reduce_scatter"] = sums
+        calls = (6 + 2 * again) * layers + 2
+        each["tp", "all_gather"] = (
+            calls + 2,
+            tokens * (width * (calls * number + weight) + 2 * weight * args.tp_size),
+        )
+        each["tp", "all_reduce"] = 2 * layers + 1, (2 * layers + 1) * width * weight
+    count = args.gradient_accumulation_steps
+    traffic = {key: (count * calls, count * size) for key, (calls, size) in each.items()}
+    calls, size = traffic["tp", "all_reduce"]
+    traffic["tp", "all_reduce"] = calls + 1, size + 8 * parameters
+    return traffic
