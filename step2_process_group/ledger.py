@@ -30,14 +30,14 @@ def record(axis, collective, size):
 
 def report_traffic(mesh):
     """What every step sends, however the model is laid out: its peak memory, one float64."""
-    return {("world", "all_reduce"): (1, 8)} if mesh.world.size > 1 else {}
+    return [("world", "all_reduce", 1, 8)] if mesh.world.size > 1 else []
 
 
 @contextlib.contextmanager
 def communication_ledger(mesh, active, predicted):
     """Print what the first rank sent in the block, beside what the formulas predict.
 
-    predicted: {(axis, collective): (calls, bytes)}.
+    predicted: rows of (axis, collective, calls, bytes of each call).
     """
     if not active:
         yield
@@ -50,11 +50,14 @@ def communication_ledger(mesh, active, predicted):
 
 def ledger_table(counted, predicted):
     """Text that puts what was counted beside what a lesson's formula says."""
+    due = {}
+    for axis, collective, calls, size in predicted:
+        calls_so_far, size_so_far = due.get((axis, collective), (0, 0))
+        due[axis, collective] = calls_so_far + calls, size_so_far + calls * size
     lines = ["axis     collective         calls         bytes   predicted: calls         bytes"]
-    for key in sorted({*counted, *predicted}):
-        calls, size = counted.get(key, (0, 0))
-        calls_due, size_due = predicted.get(key, (0, 0))
-        axis, collective = key
+    for axis, collective in sorted({*counted, *due}):
+        calls, size = counted.get((axis, collective), (0, 0))
+        calls_due, size_due = due.get((axis, collective), (0, 0))
         lines.append(
             f"{axis:8} {collective:16} {calls:7,} {size:13,} {calls_due:18,} {size_due:13,}"
         )

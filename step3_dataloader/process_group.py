@@ -18,6 +18,9 @@ from errors import UserError
 from ledger import record
 
 AXES = ("pp", "dp", "cp", "tp")  # slowest first
+# torch 2.13 calls the second of each by the first, and warns.
+gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+scatter_into = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def init_processes(device_type):
@@ -180,7 +183,7 @@ def all_gather(x, group, async_op=False):
     if group.size > 1:
         out = x.new_empty(group.size * x.shape[0], *x.shape[1:])
         record(group.axis, "all_gather", out.nbytes)
-        work = dist.all_gather_into_tensor(out, x, group=group.handle, async_op=async_op)
+        work = gather_into(out, x, group=group.handle, async_op=async_op)
     return (out, work) if async_op else out
 
 
@@ -195,7 +198,7 @@ def reduce_scatter(x, group, async_op=False):
         assert x.shape[0] % group.size == 0, f"{x.shape[0]} rows for {group.size} ranks"
         out = x.new_empty(x.shape[0] // group.size, *x.shape[1:])
         record(group.axis, "reduce_scatter", x.nbytes)
-        work = dist.reduce_scatter_tensor(out, x, group=group.handle, async_op=async_op)
+        work = scatter_into(out, x, group=group.handle, async_op=async_op)
     return (out, work) if async_op else out
 
 

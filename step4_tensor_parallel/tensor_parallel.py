@@ -25,12 +25,10 @@ def check_tensor_parallel(args):
     tp, config = args.tp_size, args.config
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(config, name) % tp:
-            raise UserError(
-                f"--tp_size {tp}: {name} {getattr(config, name)} is not a multiple of it; choose "
-                f"a divisor, or another --{name}"
-            )
+            size = getattr(config, name)
+            raise UserError(f"--tp_size {tp} with --{name} {size}: choose a divisor of it")
     if config.vocab_size < tp:
-        raise UserError(f"--tp_size {tp}: only {config.vocab_size} symbols; lower it")
+        raise UserError(f"--tp_size {tp} with --vocab_size {config.vocab_size}: lower the former")
     if args.sequence_parallel and args.seq_len % tp:
         raise UserError(
             f"--sequence_parallel with --tp_size {tp}: --seq_len {args.seq_len} is not a multiple "
@@ -38,9 +36,9 @@ def check_tensor_parallel(args):
         )
 
 
-# Activations between the blocks are [batch, seq, hidden] on every rank, or with sequence
-# parallelism [batch, seq / tp, hidden]. Which tokens a rank holds does not matter there, for nothing
-# mixes them; so the batch is cut as it lies in memory, and no copy is needed to cut or to join it.
+# Between the blocks x is [batch, seq, hidden] on every rank, or with sequence parallelism
+# [batch, seq / tp, hidden]. Which tokens a rank has does not matter there, for nothing mixes them:
+# so the batch is cut as it lies in memory, and neither cutting nor joining copies anything.
 
 
 def cut(x, group):
@@ -104,14 +102,14 @@ class ColumnParallel(torch.autograd.Function):
         ctx.group, ctx.sequence_parallel = group, sequence_parallel
         ctx.save_for_backward(x, *weights)
         if sequence_parallel:
-            x = joined(pg.all_gather(x.contiguous(), group), group)
-        return tuple(F.linear(x, weight.to(x.dtype)) for weight in weights)  # [batch, seq, out / tp]
+            x = joined(pg.all_gather(x, group), group)
+        return tuple(F.linear(x, weight.to(x.dtype)) for weight in weights)
 
     @staticmethod
     def backward(ctx, *grads):  # each [batch, seq, out / tp]
         x, *weights = ctx.saved_tensors
         if ctx.sequence_parallel:  # meanwhile the first products are computed
-            x, gathered = pg.all_gather(x.contiguous(), ctx.group, async_op=True)
+            x, gathered = pg.all_gather(x, ctx.group, async_op=True)
         # This rank's share of a sum: the other rows of the weights are elsewhere.
         products = [g @ weight.to(g.dtype) for g, weight in zip(grads, weights, strict=True)]
         grad_x = sum(products[1:], products[0])  # [batch, seq, in]
@@ -194,7 +192,7 @@ class VocabularyParallelEmbedding(nn.Module):
         return communicate(self.sum, x, self.group)
 
 
-class SequenceParallelRMSNorm(nn.Module):
+class SequenceParallelNorm(nn.Module):
     """An RMSNorm over this rank's tokens; the gradient of its weight is that of all tokens."""
 
     def __init__(self, norm, group, sequence_parallel):
@@ -223,8 +221,8 @@ class VocabularyParallelCrossEntropy(torch.autograd.Function):
         x = logits.to(torch.promote_types(logits.dtype, torch.float32))
         column, here = local_symbol(targets, held)
         picked = x.gather(-1, column[..., None])[..., 0].where(here, 0)  # [batch, seq]
-        parts = torch.stack([x.logsumexp(-1), picked])[None]
-        parts = pg.all_gather(parts, group)  # [tp, 2, batch, seq]
+        parts = torch.stack([x.logsumexp(-1), picked])
+        parts = pg.all_gather(parts[None], group)  # [tp, 2, batch, seq]
         log_sum, picked = parts[:, 0].logsumexp(0), parts[:, 1].sum(0)
         ctx.save_for_backward(logits, column, here, log_sum)
         return (log_sum - picked).sum()
@@ -248,9 +246,9 @@ PLAN = {
     **dict.fromkeys(["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], ColumnParallelLinear),
     **dict.fromkeys(["o_proj", "down_proj"], RowParallelLinear),
     "lm_head": ColumnParallelLinear,
+    # with sequence parallelism only
+    **dict.fromkeys(["input_layernorm", "post_attention_layernorm", "norm"], SequenceParallelNorm),
 }
-NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
-SEQUENCE_PLAN = dict.fromkeys(NORMS, SequenceParallelRMSNorm)
 
 
 def apply_tensor_parallel(model, group, sequence_parallel=False):
@@ -259,11 +257,10 @@ def apply_tensor_parallel(model, group, sequence_parallel=False):
     Every parameter gets `counted`: whether this rank's copy is the one in the gradient norm.
     """
     if group.size > 1:
-        plan = {**PLAN, **(SEQUENCE_PLAN if sequence_parallel else {})}
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
-                if name in plan:
-                    setattr(parent, name, plan[name](child, group, sequence_parallel))
+                if name in PLAN and (sequence_parallel or PLAN[name] is not SequenceParallelNorm):
+                    setattr(parent, name, PLAN[name](child, group, sequence_parallel))
             if hasattr(parent, "project"):
                 parent.project = project
         if model.model.config.tie_word_embeddings:
@@ -274,36 +271,31 @@ def apply_tensor_parallel(model, group, sequence_parallel=False):
         parameter.counted = group.is_first or parameter.shape != parameter.full_shape
 
 
-def tensor_parallel_traffic(args, mesh, parameters):
-    """What the group sends in a step: {(axis, collective): (calls, bytes)}, by the formula.
-
-    parameters: their number in the whole model; the gradient norm sends a float64 for each.
-    """
+def tensor_parallel_traffic(args, mesh):
+    """What the group sends in a step, by the formula: rows of (axis, collective, calls, bytes)."""
     if args.tp_size == 1:
-        return {}
-    layers, width = args.config.num_hidden_layers, args.config.hidden_size
+        return []
+    steps, layers = args.gradient_accumulation_steps, args.config.num_hidden_layers
     tokens = args.micro_batch_size * args.seq_len // mesh.sizes["cp"]
     weight = 8 if args.dtype == "float64" else 4  # bytes of one, and of what accumulates
     number = 2 if args.dtype == "bfloat16" else weight
-    again = args.activation_checkpointing  # of what is computed twice, o's sum and all gathers
+    whole, table = (tokens * args.config.hidden_size * size for size in (number, weight))
 
-    # Forward o and down, backward qkv, gate-up and the head; the embedding's are of weights.
-    sums = (4 + again) * layers + 2, tokens * width * (((4 + again) * layers + 1) * number + weight)
-    each = {("tp", "all_gather"): (1, tokens * 2 * weight * args.tp_size)}  # the loss
+    # Forward o and down, backward qkv, gate-up and the head; o once more if a layer is recomputed,
+    # which ends before down's. And the rows of the embedding.
+    sums = (4 + args.activation_checkpointing) * layers + 1
+    loss = ("tp", "all_gather", steps, 2 * tokens * weight * args.tp_size)
     if not args.sequence_parallel:
-        each["tp", "all_reduce"] = sums
-    else:
-        # Every sum is a reduce-scatter. Each is undone by a gather on its way back, forward to
-        # backward; and once more for the weights' gradients of qkv, gate-up and the head.
-        each["tp", "reduce_scatter"] = sums
-        calls = (6 + 2 * again) * layers + 2
-        each["tp", "all_gather"] = (
-            calls + 2,
-            tokens * (width * (calls * number + weight) + 2 * weight * args.tp_size),
-        )
-        each["tp", "all_reduce"] = 2 * layers + 1, (2 * layers + 1) * width * weight
-    count = args.gradient_accumulation_steps
-    traffic = {key: (count * calls, count * size) for key, (calls, size) in each.items()}
-    calls, size = traffic["tp", "all_reduce"]
-    traffic["tp", "all_reduce"] = calls + 1, size + 8 * parameters
-    return traffic
+        row = ("tp", "all_reduce")
+        return [(*row, steps * sums, whole), (*row, steps, table), loss]
+    # A gather before qkv, gate-up and the head, again for their weights' gradients, and for the
+    # gradients of o and down; the first kind twice if a layer is recomputed.
+    gathers = (6 + 2 * args.activation_checkpointing) * layers + 2
+    return [
+        ("tp", "reduce_scatter", steps * sums, whole),
+        ("tp", "all_gather", steps * gathers, whole),
+        ("tp", "reduce_scatter", steps, table),
+        ("tp", "all_gather", steps, table),
+        ("tp", "all_reduce", steps * (2 * layers + 1), args.config.hidden_size * weight),
+        loss,
+    ]

@@ -26,11 +26,7 @@ from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
 from presets import load_config
-from tensor_parallel import (
-    apply_tensor_parallel,
-    check_tensor_parallel,
-    tensor_parallel_traffic,
-)
+from tensor_parallel import apply_tensor_parallel, check_tensor_parallel, tensor_parallel_traffic
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -179,9 +175,7 @@ def train_step(state):
     args = state.args
     state.optimizer.zero_grad()
     loss = forward_backward(state)
-    grad_norm = gradient_norm(
-        state.parameters, state.model.parameter_names, state.mesh.group("tp")
-    )
+    grad_norm = gradient_norm(state.parameters, state.model.parameter_names, state.mesh.group("tp"))
     clip_gradients(state.parameters, args.max_grad_norm, grad_norm)
 
     state.step += 1
@@ -210,9 +204,8 @@ def train_step(state):
 def main(args):
     state = setup(args)
     world, flops = state.mesh.world, flops_per_token(state.model, args.seq_len)
-    traffic = report_traffic(state.mesh) | tensor_parallel_traffic(
-        args, state.mesh, len(state.model.parameter_names)
-    )
+    traffic = tensor_parallel_traffic(args, state.mesh)
+    traffic += report_traffic(state.mesh, state.mesh.group("tp"), len(state.model.parameter_names))
     metrics = Metrics(args, state.device, flops, world.size)
     pg.from_first(world, metrics.open)
     if speaks := world.is_first:
