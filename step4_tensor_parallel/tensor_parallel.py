@@ -120,10 +120,9 @@ class ColumnParallel(torch.autograd.Function):
             summed = pg.all_reduce(grad_x, ctx.group, async_op=True)
         # While it is being summed, the weights' gradients: they need no communication.
         x = x.flatten(0, 1)  # [tokens, in]
-        grad_weights = [g.flatten(0, 1).T @ x for g in grads]
+        grad_weights = [(g.flatten(0, 1).T @ x).to(weights[0].dtype) for g in grads]
         summed.wait()
-        pairs = zip(grad_weights, weights, strict=True)
-        return grad_x, None, None, *(grad.to(weight.dtype) for grad, weight in pairs)
+        return grad_x, None, None, *grad_weights
 
 
 def part(weight, dim, group):
@@ -267,8 +266,8 @@ def apply_tensor_parallel(model, group, sequence_parallel=False):
             model.lm_head.weight = model.model.embed_tokens.weight
         held = model.lm_head.weight.held[0]
         model.cross_entropy = functools.partial(cross_entropy, held=held, group=group)
-    for parameter in model.parameters():
-        parameter.counted = group.is_first or parameter.shape != parameter.full_shape
+    for weight in model.parameters():
+        weight.counted = group.is_first or weight.shape != weight.full_shape
 
 
 def tensor_parallel_traffic(args, mesh):
