@@ -270,12 +270,12 @@ def apply_tensor_parallel(model, group, sequence_parallel=False):
         weight.counted = group.is_first or weight.shape != weight.full_shape
 
 
-def tensor_parallel_traffic(args, mesh):
+def tensor_parallel_traffic(args):
     """What the group sends in a step, by the formula: rows of (axis, collective, calls, bytes)."""
     if args.tp_size == 1:
         return []
     steps, layers = args.gradient_accumulation_steps, args.config.num_hidden_layers
-    tokens = args.micro_batch_size * args.seq_len // mesh.sizes["cp"]
+    tokens = args.micro_batch_size * args.seq_len
     weight = 8 if args.dtype == "float64" else 4  # bytes of one, and of what accumulates
     number = 2 if args.dtype == "bfloat16" else weight
     whole, table = (tokens * args.config.hidden_size * size for size in (number, weight))

@@ -204,7 +204,7 @@ def train_step(state):
 def main(args):
     state = setup(args)
     world, flops = state.mesh.world, flops_per_token(state.model, args.seq_len)
-    traffic = tensor_parallel_traffic(args, state.mesh)
+    traffic = tensor_parallel_traffic(args)
     traffic += report_traffic(state.mesh, state.mesh.group("tp"), len(state.model.parameter_names))
     metrics = Metrics(args, state.device, flops, world.size)
     pg.from_first(world, metrics.open)
