@@ -161,5 +161,4 @@ def context_parallel_traffic(args, parameters):
         ("cp", "send", rings * forwards * (cp - 1), block * number),
         ("cp", "send", rings * cp, block * weight),  # gradients go all the way home
         *(("cp", "all_reduce", 1, parameter.nbytes) for parameter in parameters),
-        ("cp", "all_reduce", 1, 8),  # the loss
     ]

@@ -61,8 +61,9 @@ class Order:
 class Batches:
     """Deals the sequences of each step to micro-batches, and keeps the last 1/64 of them apart.
 
-    positions: those of a sequence that this rank reads. Raises UserError when the data set does
-    not fill one step and its held-out part.
+    positions: those of a sequence that this rank reads.
+
+    Raises UserError when the data set does not fill one step and its held-out part.
     """
 
     def __init__(self, args, tokens, device, positions):

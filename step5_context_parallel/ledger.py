@@ -28,12 +28,10 @@ def record(axis, collective, size):
         entry[1] += size
 
 
-def report_traffic(mesh, model_group, parameters):
-    """What every step sends: its peak memory, and the gradient norm of so many parameters."""
-    rows = [("world", "all_reduce", 1, 8)] if mesh.world.size > 1 else []
-    if model_group.size > 1:
-        rows.append((model_group.axis, "all_reduce", 1, 8 * parameters))
-    return rows
+def report_traffic(mesh, model_group, data_group, parameters):
+    """What every step sends: its peak memory, loss, and gradient norm of so many parameters."""
+    rows = [(mesh.world, 8), (model_group, 8 * parameters), (data_group, 8)]
+    return [(group.axis, "all_reduce", 1, size) for group, size in rows if group.size > 1]
 
 
 @contextlib.contextmanager

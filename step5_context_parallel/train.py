@@ -218,7 +218,9 @@ def main(args):
     state = setup(args)
     world, flops = state.mesh.world, flops_per_token(state.model, args.seq_len)
     traffic = tensor_parallel_traffic(args) + context_parallel_traffic(args, state.parameters)
-    traffic += report_traffic(state.mesh, state.mesh.group("tp"), len(state.model.parameter_names))
+    model_group, data_group = state.mesh.group("tp"), state.mesh.group("cp")
+    count = len(state.model.parameter_names)
+    traffic += report_traffic(state.mesh, model_group, data_group, count)
     metrics = Metrics(args, state.device, flops, world.size)
     pg.from_first(world, metrics.open)
     if speaks := world.is_first:

@@ -138,12 +138,19 @@ def serve(pipe, step_dir, rank, environment):
 
 
 def pieces(parameters, of):
-    """What this rank holds of each tensor: (name, full shape, slices, array).
+    """What this rank holds of each tensor: (name, full shape, slices, piece, array).
 
-    of: function from a parameter to the tensor to look at, its gradient for instance.
+    of: function from a parameter to the tensor to look at, its gradient for instance. piece: where
+    a parameter is only a part of what the slices cut out, flattened, the slice of that.
     """
     return [
-        (p.global_name, tuple(p.full_shape), p.held, of(p).detach().double().cpu().numpy().copy())
+        (
+            p.global_name,
+            tuple(p.full_shape),
+            p.held,
+            getattr(p, "piece", slice(None)),
+            of(p).detach().double().cpu().numpy().copy(),
+        )
         for p in parameters
     ]
 
@@ -155,12 +162,14 @@ def assemble(ranks):
     """
     full = {}
     for rank, held in enumerate(ranks):
-        for name, shape, slices, array in held:
+        for name, shape, slices, piece, array in held:
             whole = full.setdefault(name, np.full(shape, np.nan))
-            there = whole[slices]
+            flat = whole[slices].flatten()
+            there, array = flat[piece], array.flatten()
             differs = ~np.isnan(there) & (there != array)
             assert not differs.any(), f"{name}: rank {rank} holds another value than a rank before"
-            whole[slices] = array
+            flat[piece] = array
+            whole[slices] = flat.reshape(whole[slices].shape)
     for name, whole in full.items():
         assert not np.isnan(whole).any(), f"{name}: a part that no rank holds, or a NaN"
     return full
