@@ -201,18 +201,22 @@ def train_step(state):
     }
 
 
+def predicted_traffic(state):
+    """What the formulas of all lessons say of a step: rows of (axis, collective, calls, bytes)."""
+    report = report_traffic(state.mesh, state.mesh.group("tp"), len(state.model.parameter_names))
+    return report + tensor_parallel_traffic(state.args)
+
+
 def main(args):
     state = setup(args)
     world, flops = state.mesh.world, flops_per_token(state.model, args.seq_len)
-    traffic = tensor_parallel_traffic(args)
-    traffic += report_traffic(state.mesh, state.mesh.group("tp"), len(state.model.parameter_names))
     metrics = Metrics(args, state.device, flops, world.size)
     pg.from_first(world, metrics.open)
     if speaks := world.is_first:
         print(state.mesh)
     while state.step < args.total_steps:
         counting = args.comm_ledger and state.step == 0
-        with communication_ledger(state.mesh, counting, traffic):
+        with communication_ledger(state.mesh, counting, predicted_traffic(state)):
             result = train_step(state)
         if speaks:
             metrics.log(result)

@@ -214,20 +214,24 @@ def train_step(state):
     }
 
 
+def predicted_traffic(state):
+    """What the formulas of all lessons say of a step: rows of (axis, collective, calls, bytes)."""
+    model_group, data_group = state.mesh.group("tp"), state.mesh.group("cp")
+    report = report_traffic(state.mesh, model_group, data_group, len(state.model.parameter_names))
+    report += context_parallel_traffic(state.args, state.parameters)
+    return report + tensor_parallel_traffic(state.args)
+
+
 def main(args):
     state = setup(args)
     world, flops = state.mesh.world, flops_per_token(state.model, args.seq_len)
-    traffic = tensor_parallel_traffic(args) + context_parallel_traffic(args, state.parameters)
-    model_group, data_group = state.mesh.group("tp"), state.mesh.group("cp")
-    count = len(state.model.parameter_names)
-    traffic += report_traffic(state.mesh, model_group, data_group, count)
     metrics = Metrics(args, state.device, flops, world.size)
     pg.from_first(world, metrics.open)
     if speaks := world.is_first:
         print(state.mesh)
     while state.step < args.total_steps:
         counting = args.comm_ledger and state.step == 0
-        with communication_ledger(state.mesh, counting, traffic):
+        with communication_ledger(state.mesh, counting, predicted_traffic(state)):
             result = train_step(state)
         if speaks:
             metrics.log(result)

@@ -120,7 +120,7 @@ class Bucketed(Naive):
         self.running = []  # what is under way: (bucket, result, handle)
         for bucket in self.buckets:
             self.lay_out(bucket)
-            hook = functools.partial(self.arrived, bucket)
+            hook = functools.partial(self.on_gradient, bucket)
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(hook)
 
@@ -136,7 +136,7 @@ class Bucketed(Naive):
         for bucket in self.buckets:
             bucket.gradients.zero_()
 
-    def arrived(self, bucket, parameter):
+    def on_gradient(self, bucket, parameter):
         """Hook: a backward pass has added to the gradient of one parameter of a bucket."""
         if bucket.arrived() and self.last_backward:
             self.running.append((bucket, *self.reduce(bucket)))

@@ -222,21 +222,25 @@ def train_step(state):
     }
 
 
+def predicted_traffic(state):
+    """What the formulas of all lessons say of a step: rows of (axis, collective, calls, bytes)."""
+    model_group, data_group = state.mesh.group("tp", *state.engine.axes), state.engine.group
+    report = report_traffic(state.mesh, model_group, data_group, len(state.model.parameter_names))
+    report += context_parallel_traffic(state.args)
+    report += state.engine.traffic(state.args.gradient_accumulation_steps)
+    return report + tensor_parallel_traffic(state.args)
+
+
 def main(args):
     state = setup(args)
     world, flops = state.mesh.world, flops_per_token(state.model, args.seq_len)
-    model_group, data_group = state.mesh.group("tp", *state.engine.axes), state.engine.group
-    traffic = tensor_parallel_traffic(args) + context_parallel_traffic(args)
-    traffic += state.engine.traffic(args.gradient_accumulation_steps)
-    count = len(state.model.parameter_names)
-    traffic += report_traffic(state.mesh, model_group, data_group, count)
     metrics = Metrics(args, state.device, flops, world.size)
     pg.from_first(world, metrics.open)
     if speaks := world.is_first:
         print(state.mesh)
     while state.step < args.total_steps:
         counting = args.comm_ledger and state.step == 0
-        with communication_ledger(state.mesh, counting, traffic):
+        with communication_ledger(state.mesh, counting, predicted_traffic(state)):
             result = train_step(state)
         if speaks:
             metrics.log(result)

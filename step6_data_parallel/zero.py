@@ -76,7 +76,7 @@ class Zero2(Zero1):
         for bucket in self.buckets:
             bucket.gradient_shard.zero_()
 
-    def arrived(self, bucket, parameter):
+    def on_gradient(self, bucket, parameter):
         if bucket.arrived():
             self.finish_gradients()  # of the bucket before: one at a time is in memory
             self.running.append((bucket, *self.reduce(bucket)))
