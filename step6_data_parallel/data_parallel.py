@@ -18,8 +18,6 @@ from torch import nn
 
 import process_group as pg
 
-BUCKET_BYTES = 25 * 2**20
-
 
 class Naive:
     """Weights, gradients and optimizer state are whole on every rank."""
@@ -114,9 +112,11 @@ def cut_by_size(parameters, most_bytes):
 class Bucketed(Naive):
     """Gradients live in buckets, each summed as soon as the last backward pass has filled it."""
 
-    def __init__(self, model, group, bucket_bytes=BUCKET_BYTES):
+    bucket_bytes = 25 * 2**20
+
+    def __init__(self, model, group):
         super().__init__(model, group)
-        self.buckets = [Bucket(part, group) for part in self.cut(model, bucket_bytes)]
+        self.buckets = [Bucket(part, group) for part in self.cut(model)]
         self.running = []  # what is under way: (bucket, result, handle)
         for bucket in self.buckets:
             self.lay_out(bucket)
@@ -124,8 +124,9 @@ class Bucketed(Naive):
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(hook)
 
-    def cut(self, model, bucket_bytes):
-        return cut_by_size(self.parameters[::-1], bucket_bytes)  # backward ends with the first
+    def cut(self, model):
+        """Lists of parameters, one a bucket, in the order in which backward meets them."""
+        return cut_by_size(self.parameters[::-1], self.bucket_bytes)
 
     def lay_out(self, bucket):
         bucket.gradients = bucket.vector()

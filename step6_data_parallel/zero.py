@@ -12,7 +12,7 @@ import functools
 import torch
 
 import process_group as pg
-from data_parallel import BUCKET_BYTES, Bucketed, Naive
+from data_parallel import Bucketed, Naive
 
 
 class Zero1(Bucketed):
@@ -23,8 +23,8 @@ class Zero1(Bucketed):
 
     axes = ("dp", "cp")
 
-    def __init__(self, model, group, bucket_bytes=BUCKET_BYTES):
-        super().__init__(model, group, bucket_bytes)
+    def __init__(self, model, group):
+        super().__init__(model, group)
         self.parameters = [piece for bucket in self.buckets for piece in bucket.own]
 
     def lay_out(self, bucket):
@@ -102,19 +102,18 @@ class Zero3(Zero2):
     one more bucket, whole from the forward pass to the end of the backward pass.
     """
 
-    def __init__(self, model, group, bucket_bytes=None):
+    def __init__(self, model, group):
         super().__init__(model, group)
         *layers, self.outside = self.buckets
         neighbours = zip([None, *layers], layers, [*layers[1:], None], strict=False)
-        for (before, bucket, after), layer in zip(
-            neighbours, model.model.layers.values(), strict=True
-        ):
+        for neighbour, layer in zip(neighbours, model.model.layers.values(), strict=True):
+            before, bucket, after = neighbour
             bucket.before, bucket.after, bucket.in_backward = before, after, False
             layer.register_forward_pre_hook(functools.partial(self.before_forward, bucket))
             layer.register_forward_hook(functools.partial(self.after_forward, bucket))
         model.register_forward_pre_hook(lambda *_: self.fetch(self.outside, layers[0]))
 
-    def cut(self, model, bucket_bytes):
+    def cut(self, model):
         layers = [list(layer.parameters()) for layer in model.model.layers.values()]
         inside = {parameter for layer in layers for parameter in layer}
         return [*layers, [p for p in self.parameters if p not in inside]]
