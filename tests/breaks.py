@@ -85,6 +85,236 @@ def other_data_on_a_replica(train):
     train.setup = spoiled
 
 
+# --- tensor parallelism ---------------------------------------------------------------------------
+
+
+def no_sum_forward(train):
+    """Row-parallel layers keep their share of the sum."""
+    from tensor_parallel import AllReduce
+
+    AllReduce.forward = staticmethod(lambda ctx, x, group: x.view_as(x))
+
+
+def no_sum_backward(train):
+    """Column-parallel layers keep their share of the gradient for x."""
+    import process_group as pg
+
+    all_reduce = pg.all_reduce
+
+    def deaf(x, group, op=pg.ReduceOp.SUM, async_op=False):
+        return pg.Done() if async_op else all_reduce(x, group, op)
+
+    pg.all_reduce = deaf
+
+
+def first_slice_everywhere(train):
+    """Every rank loads the slice of the first one, whatever its own is."""
+    materialize = train.materialize
+
+    def spoiled(model, seed, device):
+        held = {p: p.held for p in model.parameters()}
+        for parameter, slices in held.items():
+            parameter.held = tuple(slice(0, s.stop - s.start) for s in slices)
+        materialize(model, seed, device)
+        for parameter, slices in zip(model.parameters(), held.values(), strict=True):
+            parameter.held = slices
+
+    train.materialize = spoiled
+
+
+def weights_drawn_by_each_rank(train):
+    """Each rank draws its own part of a weight: no longer the single device's weights."""
+    import model
+
+    initial_value = model.initial_value
+
+    def drawn(name, shape, seed, std):
+        return initial_value(name, shape, seed + int(os.environ["RANK"]), std)
+
+    model.initial_value = drawn
+
+
+def norm_gradients_of_own_tokens(train):
+    """Sequence parallelism without the sum of the norms' gradients."""
+    from tensor_parallel import SumGradient
+
+    SumGradient.backward = staticmethod(lambda ctx, grad: (grad, None))
+
+
+def replicas_counted_twice(train):
+    """The gradient norm adds what all tensor-parallel ranks hold, copies included."""
+    apply = train.apply_tensor_parallel
+
+    def spoiled(model, *rest):
+        apply(model, *rest)
+        for parameter in model.parameters():
+            parameter.counted = True
+
+    train.apply_tensor_parallel = spoiled
+
+
+def symbols_of_others_found_here(train):
+    """An embedding that does not leave the symbols of other ranks out."""
+    import tensor_parallel
+
+    local_symbol = tensor_parallel.local_symbol
+
+    def everything_here(symbols, held):
+        column, here = local_symbol(symbols, held)
+        return column, here | True
+
+    tensor_parallel.local_symbol = everything_here
+
+
+# --- context parallelism --------------------------------------------------------------------------
+
+
+def chunks_in_a_row(train):
+    """A sequence dealt out from front to back, while attention believes in the zigzag."""
+    import torch
+
+    train.zigzag_positions = lambda seq_len, group: torch.arange(seq_len).chunk(group.size)[
+        group.rank
+    ]
+
+
+def positions_from_zero(train):
+    """Every rank rotates as if its part began the sequence."""
+    split = train.Batches.split
+
+    def spoiled(self, window):
+        tokens, targets, positions = split(self, window)
+        return tokens, targets, positions.argsort()
+
+    train.Batches.split = spoiled
+
+
+def late_chunk_for_early(train):
+    """Attention looks at the late chunk of an earlier rank, not at its early one."""
+    import context_parallel
+
+    attending = context_parallel.attending
+
+    def swapped(rank, source, chunk):
+        rows, columns, causal = attending(rank, source, chunk)
+        return (rows, slice(chunk, None), causal) if source < rank else (rows, columns, causal)
+
+    context_parallel.attending = swapped
+
+
+def blocks_added_up(train):
+    """Softmax blocks added without their denominators."""
+    import context_parallel
+
+    context_parallel.merge = lambda out, log_sum, block, block_log_sum: out.add_(block)
+
+
+def gradients_never_sent_home(train):
+    """Gradients of keys and values stay on the rank that computed them."""
+    import process_group as pg
+
+    exchange = pg.exchange
+
+    def stay(group, send, receive):
+        if send[0][0].dim() == 5 and receive[0][0].data_ptr() in stay.gradients:
+            receive[0][0].copy_(send[0][0])
+            return []
+        return exchange(group, send, receive)
+
+    stay.gradients = set()
+    import torch
+
+    empty_like = torch.empty_like
+
+    def remember(x):
+        made = empty_like(x)
+        if sys._getframe(1).f_code.co_name == "backward":
+            stay.gradients.add(made.data_ptr())
+        return made
+
+    torch.empty_like = remember
+    pg.exchange = stay
+
+
+def gradients_not_summed(train):
+    """Ranks that read other tokens keep their own gradients."""
+    if hasattr(train, "sum_gradients"):
+        train.sum_gradients = lambda parameters, group: None
+    else:
+        train.Naive.finish_gradients = lambda self: None
+
+
+# --- data parallelism -----------------------------------------------------------------------------
+
+
+def mean_over_ranks(train):
+    """Gradients averaged, though the loss was divided by the targets of all ranks already."""
+
+    def spoil(state, forward_backward):
+        loss = forward_backward(state)
+        for parameter in state.parameters:
+            parameter.grad.div_(state.engine.group.size)
+        return loss
+
+    instead(train, spoil)
+
+
+def same_data_on_every_rank(train):
+    """Every rank reads the micro-batches of the first one."""
+    import dataclasses
+
+    setup = train.setup
+
+    def spoiled(args):
+        state = setup(args)
+        state.data.group = dataclasses.replace(state.data.group, rank=0)
+        return state
+
+    train.setup = spoiled
+
+
+def only_the_last_micro_batch_is_summed(train):
+    """A hook that reduces the gradient of the last micro-batch, and leaves the others local."""
+    from data_parallel import Bucketed
+
+    on_gradient, finish = Bucketed.on_gradient, Bucketed.finish_gradients
+
+    def spoiled(self, bucket, parameter):
+        if bucket.missing == 1 and not self.last_backward:
+            bucket.local = bucket.gradients.clone()
+            bucket.gradients.zero_()
+        on_gradient(self, bucket, parameter)
+
+    def finished(self):
+        finish(self)
+        for bucket in self.buckets:
+            bucket.gradients += bucket.local
+
+    Bucketed.on_gradient, Bucketed.finish_gradients = spoiled, finished
+
+
+def hooks_vanish(train):
+    """Hooks that nobody kept a reference to, and that never fire."""
+    import torch
+
+    torch.nn.Parameter.register_post_accumulate_grad_hook = lambda self, hook: None
+
+
+def update_not_shared(train):
+    """The other ranks' updates never arrive: weights stay as they were gathered."""
+    import zero
+
+    zero.Zero1.finish_update = lambda self: None
+    zero.Zero3.finish_update = lambda self: None
+
+
+def small_buckets(train):
+    """No mistake: buckets so small that most parameters have one of their own."""
+    from data_parallel import Bucketed
+
+    Bucketed.bucket_bytes = 1000
+
+
 def late_first_rank(train):
     """No mistake, but bad luck: the rank that reports errors is two seconds late."""
     if os.environ.get("RANK", "0") == "0":

@@ -53,11 +53,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def worlds():
-    """worlds(step_dir, size): a World that later tests use again."""
+    """worlds(step_dir, size): a World that later tests use again, while the step is the same."""
     made = {}
 
     def get(step_dir, size):
         if (step_dir, size) not in made:
+            for other in [key for key in made if key[0] != step_dir]:
+                made.pop(other).close()  # ranks that wait still hold memory
             made[step_dir, size] = World(step_dir, size)
         return made[step_dir, size]
 
@@ -70,13 +72,21 @@ def worlds():
 def train_on(worlds):
     """train_on(step_dir, size, argv, steps): a Run of that step's code on `size` ranks.
 
-    break_it: the name of a mistake in `breaks.py` to make on purpose.
+    break_it: the name of a mistake in `breaks.py` to make on purpose. What one rank trains is kept
+    for the next test that asks for it.
     """
+    kept = {}
 
     def train(step_dir, size, argv, steps, break_it=None):
         if break_it:  # in processes of its own: what it spoils stays spoiled
             with World(step_dir, size) as world:
                 return Run(world.run(run_steps, argv.split(), steps, break_it))
-        return Run(worlds(step_dir, size).run(run_steps, argv.split(), steps))
+        key = step_dir, " ".join(sorted(argv.split("--"))), steps
+        if size > 1 or key not in kept:
+            run = Run(worlds(step_dir, size).run(run_steps, argv.split(), steps))
+            if size > 1:
+                return run
+            kept[key] = run
+        return kept[key]
 
     return train

@@ -6,7 +6,8 @@ import torch
 import workers
 from conftest import step_number
 from harness import assert_close
-from launch import launch
+from launch import launch, ranks_of
+from layouts import ENGINES
 from test_errors import assert_one_line
 from test_layouts import SHAPE, WHOLE, split
 from test_model import TINY, oracle
@@ -117,3 +118,89 @@ def test_a_mesh_on_nccl(step_dir):
         pytest.skip("needs 4 GPUs")
     for sizes in ({"tp": 2, "cp": 1, "dp": 2, "pp": 1}, {"tp": 1, "cp": 2, "dp": 1, "pp": 2}):
         assert_mesh(step_dir, sizes, "cuda")
+
+
+LAYOUTS = {
+    4: [
+        "--tp_size 2",
+        "--tp_size 2 --sequence_parallel --compile",
+        "--tp_size 4 --sequence_parallel --activation_checkpointing",
+        "--tp_size 4 --tie_word_embeddings yes",
+    ],
+    5: [
+        "--cp_size 2",
+        "--cp_size 2 --compile",
+        "--cp_size 4 --activation_checkpointing",
+        "--cp_size 2 --tp_size 2 --sequence_parallel",
+    ],
+    6: [
+        *(f"--dp_size 2 --dp_engine {engine}" for engine in ENGINES),
+        "--dp_size 2 --dp_engine zero3 --compile",
+        "--dp_size 4 --dp_engine zero3 --activation_checkpointing",
+        "--cp_size 2 --dp_size 2 --dp_engine zero1",
+        "--tp_size 2 --dp_size 2 --dp_engine zero2 --sequence_parallel --compile",
+        "--tp_size 2 --cp_size 2 --dp_engine bucket",
+    ],
+}
+
+
+def on_the_gpus_here(cases):
+    """The layouts that the machine has enough GPUs for; skips where it has one."""
+    found = [flags for flags in cases if ranks_of(flags) <= torch.cuda.device_count()]
+    if not found:
+        pytest.skip("needs 2 GPUs")
+    return found
+
+
+@pytest.mark.steps(4, 6)
+def test_layouts_on_nccl(step_dir, train_on, subtests):
+    """N5 in float64 for each axis and engine, two updates."""
+    for flags in on_the_gpus_here(LAYOUTS[step_number(step_dir)]):
+        with subtests.test(flags):
+            tied = "--tie_word_embeddings yes " if "tie" in flags else ""
+            reference = train_on(step_dir, 1, WHOLE + " " + CUDA + tied, 2)
+            dp = 2 if "--dp_size 2" in flags else 4 if "--dp_size 4" in flags else 1
+            split = f"--gradient_accumulation_steps 2 --micro_batch_size {4 // dp} "
+            run = train_on(step_dir, ranks_of(flags), SHAPE + CUDA + split + flags, 2)
+            run.assert_same_as(reference)
+
+
+@pytest.mark.steps(4, 6)
+def test_bfloat16_layouts_stay_near_float32(step_dir, train_on, worlds, subtests):
+    argv = "--num_hidden_layers 4 --seq_len 256 --device cuda --dataset_name random "
+    exact = train_on(step_dir, 1, argv + "--dtype float32 --micro_batch_size 8", 1).gradients[0]
+    for flags in on_the_gpus_here(LAYOUTS[step_number(step_dir)]):
+        if "tie" in flags:
+            continue
+        with subtests.test(flags):
+            dp = 2 if "--dp_size 2" in flags else 4 if "--dp_size 4" in flags else 1
+            split = (
+                f"--gradient_accumulation_steps 2 --micro_batch_size {4 // dp} --dtype bfloat16 "
+            )
+            size = ranks_of(flags)
+            rough = train_on(step_dir, size, argv + split + flags, 1).gradients[0]
+            for name in exact:
+                error = np.linalg.norm(rough[name] - exact[name]) / np.linalg.norm(exact[name])
+                assert error < 3e-2, (name, error)
+            for seen in worlds(step_dir, size).run(workers.reduction_dtypes, argv + split + flags):
+                for what, dtypes in seen.items():
+                    assert dtypes <= {"torch.float32", "torch.float64"}, (what, dtypes)
+
+
+@pytest.mark.steps(5, 5)
+@pytest.mark.parametrize(
+    "dtype, bound, kernel",
+    [
+        ("bfloat16", 1e-2, "cudnn_attention"),
+        ("float32", 1e-5, "efficient_attention"),
+        ("float64", 1e-13, None),
+    ],
+)
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2)])
+@pytest.mark.parametrize("seq", [40, 128])
+def test_blocks_of_the_ring(step_dir, worlds, dtype, bound, kernel, heads, kv_heads, seq):
+    ((errors, kernels),) = worlds(step_dir, 1).run(
+        workers.blocks_error, dtype, heads, kv_heads, seq, "cuda"
+    )
+    assert max(errors.values()) < bound, errors
+    assert any(kernel in name for name in kernels) if kernel else not kernels, kernels

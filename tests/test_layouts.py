@@ -1,7 +1,12 @@
 """N5: loss, gradient norm, every gradient and every weight do not depend on the layout."""
 
 import pytest
+from conftest import step_number
 from harness import RankError
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from launch import ranks_of
+from layouts import ENGINES, SIZES, covering, factorisations, flags_of
 
 # 16 heads and 8 kv heads so that later axes divide them; different sequences in every row.
 SHAPE = (
@@ -16,14 +21,14 @@ def split(count):
     return f"--micro_batch_size {8 // count} --gradient_accumulation_steps {count}"
 
 
-@pytest.mark.steps(3)
+@pytest.mark.steps(3, 3)
 @pytest.mark.parametrize("count", [2, 4, 8])
 def test_splits_of_the_batch_over_ten_steps(step_dir, train_on, count):
     reference = train_on(step_dir, 1, WHOLE, 10)
     train_on(step_dir, 1, SHAPE + split(count), 10).assert_same_as(reference)
 
 
-@pytest.mark.steps(3)
+@pytest.mark.steps(3, 3)
 @pytest.mark.parametrize(
     "mistake, seen_in",
     [
@@ -59,3 +64,133 @@ def test_a_replica_with_other_data_is_noticed(step_dir, train_on):
 def test_a_nan_stops_the_run_with_the_step_named(step_dir, train_on):
     with pytest.raises(RankError, match="nan at step [2-9]"):
         train_on(step_dir, 1, "--learning_rate 1e38 --warmup_steps 0 --seq_len 8", 9)
+
+
+def axes_of(step_dir):
+    """The axes that a step can split."""
+    return ("tp", "cp", "dp")[: step_number(step_dir) - 3]
+
+
+@pytest.mark.steps(4, 6)
+@pytest.mark.parametrize("size", SIZES)
+def test_all_layouts_train_the_same_model(step_dir, train_on, size, subtests):
+    """Two updates; which options a layout is trained with is said in `layouts.py`."""
+    rows = [row for row in covering(axes_of(step_dir)) if row[0] * row[1] * row[2] == size]
+    assert rows
+    for row in rows:
+        argv, whole = flags_of(row)
+        with subtests.test(argv.split("seq_len")[1]):
+            assert ranks_of(argv) == size
+            train_on(step_dir, size, argv, 2).assert_same_as(train_on(step_dir, 1, whole, 2))
+
+
+@pytest.mark.steps(4, 6)
+@settings(
+    max_examples=10,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.data())
+def test_shapes_and_layouts_that_nobody_listed(step_dir, train_on, data):
+    def whole(low, high):
+        return data.draw(st.integers(low, high))
+
+    def one_of(*values):
+        return data.draw(st.sampled_from(values))
+
+    axes = axes_of(step_dir)
+    tp, cp, dp = one_of(*(sizes for size in (2, 3, 4) for sizes in factorisations(size, axes)))
+    kv_heads = tp * whole(1, 2)
+    heads = kv_heads * whole(1, 3)
+    sequence_parallel = tp > 1 and one_of(False, True)
+    chunk = whole(1, 5) * (tp if sequence_parallel else 1)
+    micro_batches, micro_batch_size = whole(1, 3), whole(1, 2)
+    shape = (
+        "--dtype float64 --dataset_name random --learning_rate 3e-3 --warmup_steps 2 "
+        f"--num_hidden_layers {whole(1, 3)} --num_key_value_heads {kv_heads} "
+        f"--num_attention_heads {heads} --hidden_size {heads * 2 * whole(1, 4)} "
+        f"--intermediate_size {tp * whole(1, 9)} --vocab_size {whole(max(tp, 2), 99)} "
+        f"--seq_len {2 * cp * chunk} --tie_word_embeddings {one_of('yes', 'no')} "
+    )
+    layout = (
+        f"--tp_size {tp} --micro_batch_size {micro_batch_size} "
+        f"--gradient_accumulation_steps {micro_batches} "
+        + (f"--cp_size {cp} " if "cp" in axes else "")
+        + ("--sequence_parallel " if sequence_parallel else "")
+        + one_of("", "--activation_checkpointing ")
+    )
+    if "dp" in axes:
+        layout += f"--dp_size {dp} --dp_engine {one_of(*ENGINES)}"
+    reference = f"{shape}--micro_batch_size {micro_batch_size * micro_batches * dp}"
+    train_on(step_dir, tp * cp * dp, shape + layout, 2).assert_same_as(
+        train_on(step_dir, 1, reference, 2)
+    )
+
+
+# 4 sequences in 2 micro-batches on every dp rank.
+MISTAKES_4 = [
+    ("no_sum_forward", "--tp_size 2", "step 1"),
+    ("no_sum_backward", "--tp_size 2", "gradient"),
+    ("first_slice_everywhere", "--tp_size 2", "initial weight"),
+    ("weights_drawn_by_each_rank", "--tp_size 2", "initial weight"),
+    ("norm_gradients_of_own_tokens", "--tp_size 2 --sequence_parallel", "norm|another value"),
+    ("replicas_counted_twice", "--tp_size 2", "step 1 of grad_norm"),
+    ("symbols_of_others_found_here", "--tp_size 2", "step 1 of loss"),
+]
+MISTAKES_5 = [
+    ("chunks_in_a_row", "--cp_size 2", "step 1 of loss"),
+    ("positions_from_zero", "--cp_size 2", "step 1 of loss"),
+    ("late_chunk_for_early", "--cp_size 2", "step 1 of loss"),
+    ("blocks_added_up", "--cp_size 2", "step 1 of loss"),
+    ("gradients_never_sent_home", "--cp_size 2", "gradient of .*[kv]_proj|step 1 of grad_norm"),
+    ("gradients_not_summed", "--cp_size 2", "another value"),
+]
+MISTAKES_6 = [
+    ("gradients_not_summed", "--cp_size 2 --dp_engine naive", "another value"),
+    ("gradients_not_summed", "--dp_size 2 --dp_engine naive", "another value"),
+    *(("mean_over_ranks", f"--dp_size 2 --dp_engine {engine}", "gradient") for engine in ENGINES),
+    ("same_data_on_every_rank", "--dp_size 2", "step 1 of loss"),
+    ("only_the_last_micro_batch_is_summed", "--dp_size 2 --dp_engine bucket", "another value"),
+    *(("hooks_vanish", f"--dp_size 2 --dp_engine {engine}", "gradient|another value|NoneType")
+      for engine in ENGINES[1:]),
+    *(("update_not_shared", f"--dp_size 2 --dp_engine {engine}", "step 2 of loss")
+      for engine in ENGINES[2:]),
+]  # fmt: skip
+
+
+def notice(step_dir, train_on, mistake, flags, seen_in):
+    argv = SHAPE + flags + " --gradient_accumulation_steps 2 --micro_batch_size "
+    whole = SHAPE + "--micro_batch_size 8"
+    size = ranks_of(flags)
+    argv += str(2 if "--dp_size" in flags else 4)
+    with pytest.raises(AssertionError, match=seen_in):
+        spoiled = train_on(step_dir, size, argv, 2, break_it=mistake)
+        spoiled.assert_same_as(train_on(step_dir, 1, whole, 2))
+
+
+@pytest.mark.steps(4, 4)
+@pytest.mark.parametrize("mistake, flags, seen_in", MISTAKES_4)
+def test_a_mistake_of_tensor_parallelism_is_noticed(step_dir, train_on, mistake, flags, seen_in):
+    notice(step_dir, train_on, mistake, flags, seen_in)
+
+
+@pytest.mark.steps(5, 5)
+@pytest.mark.parametrize("mistake, flags, seen_in", MISTAKES_5)
+def test_a_mistake_of_context_parallelism_is_noticed(step_dir, train_on, mistake, flags, seen_in):
+    notice(step_dir, train_on, mistake, flags, seen_in)
+
+
+@pytest.mark.steps(6, 6)
+@pytest.mark.parametrize("mistake, flags, seen_in", MISTAKES_6)
+def test_a_mistake_of_data_parallelism_is_noticed(step_dir, train_on, mistake, flags, seen_in):
+    notice(step_dir, train_on, mistake, flags, seen_in)
+
+
+@pytest.mark.steps(6, 6)
+@pytest.mark.parametrize("engine", ENGINES[1:4])
+def test_many_buckets_give_the_same_numbers(step_dir, train_on, engine):
+    argv = SHAPE + "--micro_batch_size 2 --gradient_accumulation_steps 2 --dp_size 2 "
+    reference = train_on(step_dir, 1, SHAPE + "--micro_batch_size 8", 2)
+    run = train_on(step_dir, 2, argv + f"--dp_engine {engine}", 2, break_it="small_buckets")
+    run.assert_same_as(reference)

@@ -1,5 +1,7 @@
 """Functions that the tests run inside a `World`: there, `import train` is the step's own code."""
 
+from unittest.mock import patch
+
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode  # the public way to see every operator
@@ -443,12 +445,17 @@ def tokens_of(argv):
     return np.array(tokens), heavy
 
 
-def batches_of(argv, tokens, steps):
-    """[windows of step, [batch, seq + 1]], held-out windows, and how many are for training."""
-    import dataloader
+def data_of(argv, tokens):
+    """The batches of a run that trains on these tokens."""
     import train
 
-    data = dataloader.Batches(train.parse_args(argv.split()), tokens, torch.device("cpu"))
+    with patch.object(train, "load_tokens", lambda *_: tokens):
+        return build(argv + " --num_hidden_layers 1").data
+
+
+def batches_of(argv, tokens, steps):
+    """[windows of step, [batch, seq + 1]], held-out windows, and how many are for training."""
+    data = data_of(argv, tokens)
 
     def windows(micro_batches):
         found = []
@@ -475,10 +482,7 @@ def forgotten_loader(argv, tokens):
     """Processes that are still there after a loader in the middle of an epoch was let go."""
     import multiprocessing
 
-    import dataloader
-    import train
-
-    data = dataloader.Batches(train.parse_args(argv.split()), tokens, torch.device("cpu"))
+    data = data_of(argv, tokens)
     list(data.micro_batches(0))
     started = len(multiprocessing.active_children())
     list(data.micro_batches(7))
@@ -488,11 +492,9 @@ def forgotten_loader(argv, tokens):
 
 def left_and_read_again(argv, tokens):
     """Tokens of step 1, read whole after step 0, and after a first micro-batch was taken."""
-    import dataloader
-    import train
 
     def fresh():
-        data = dataloader.Batches(train.parse_args(argv.split()), tokens, torch.device("cpu"))
+        data = data_of(argv, tokens)
         list(data.micro_batches(0))
         return data
 
@@ -524,3 +526,207 @@ def preset_sizes():
         with torch.device("meta"):
             sizes[name] = sum(p.numel() for p in Llama(preset(name)).parameters())
     return sizes
+
+
+def local_batches_of(argv, tokens, step):
+    """[(tokens, targets, positions)] that this rank reads in a step, and its held-out tokens."""
+    data = data_of(argv, tokens)
+    micro_batches = [tuple(t.numpy() for t in batch) for batch in data.micro_batches(step)]
+    return micro_batches, [batch[0].numpy() for batch in data.evaluation()]
+
+
+# --- what is sent ---------------------------------------------------------------------------------
+
+
+def ledger_of(argv):
+    """What a training step sent and what the formulas say, {(axis, collective): (calls, bytes)}."""
+    import ledger
+    import train
+
+    state = build(argv)
+    with ledger.recorded() as counted:
+        train.train_step(state)
+    predicted = {}
+    for axis, collective, calls, size in train.predicted_traffic(state):
+        so_far = predicted.get((axis, collective), (0, 0))
+        predicted[axis, collective] = so_far[0] + calls, so_far[1] + calls * size
+    return {key: tuple(entry) for key, entry in counted.items()}, predicted
+
+
+def calls_each_way(argv):
+    """{(axis, collective): calls} of one micro-batch, forward and backward."""
+    import ledger
+
+    state = build(argv)
+    batch = next(state.data.micro_batches(0))
+    with ledger.recorded() as forward:
+        loss = state.model(*batch)
+    with ledger.recorded() as backward:
+        loss.backward()
+    return [{key: calls for key, (calls, _) in way.items()} for way in (forward, backward)]
+
+
+class Largest(TorchDispatchMode):
+    """Records the shape of the largest tensor that any operator returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.shape = torch.Size([0])
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for leaf in torch.utils._pytree.tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.numel() > self.shape.numel():
+                self.shape = leaf.shape
+        return out
+
+
+def largest_tensor(argv):
+    """Shape of the largest tensor of a forward and backward pass."""
+    state = build(argv)
+    batch = next(state.data.micro_batches(0))
+    with Largest() as largest:
+        state.model(*batch).backward()
+    return tuple(largest.shape)
+
+
+class Products(TorchDispatchMode):
+    """Appends to a list the name of each matrix product and attention kernel."""
+
+    def __init__(self, events):
+        super().__init__()
+        self.events = events
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        if "attention" in name:
+            self.events.append("block")
+        elif ".mm." in name or ".bmm." in name or ".addmm." in name:
+            self.events.append("product")
+        return function(*args, **(kwargs or {}))
+
+
+def order_of_events(argv, backward=True):
+    """Products, attention blocks, collectives begun without waiting, and waits, in order."""
+    import process_group as pg
+    import train
+
+    state = build(argv)
+    events = []
+
+    class Handle:
+        def __init__(self, name, handle):
+            self.name, self.handle = name, handle
+
+        def wait(self):
+            events.append(f"{self.name} is waited for")
+            self.handle.wait()
+
+    def watch(name):
+        real = getattr(pg, name)
+
+        def watched(*args, **options):
+            result = real(*args, **options)
+            if name == "exchange":
+                events.append("exchange begins")
+                return [Handle(name, handle) for handle in result]
+            if not options.get("async_op"):
+                return result
+            events.append(f"{name} begins")
+            if isinstance(result, tuple):
+                return result[0], Handle(name, result[1])
+            return Handle(name, result)
+
+        return patch.object(pg, name, watched)
+
+    with watch("all_reduce"), watch("all_gather"), watch("reduce_scatter"), watch("exchange"):
+        with Products(events):
+            if backward:
+                train.forward_backward(state)
+            else:
+                state.model(*next(state.data.micro_batches(0)))
+    return events
+
+
+# --- blocks of attention --------------------------------------------------------------------------
+
+
+def plain_attention(q, k, v, mask):
+    """float64 attention with a boolean mask [queries, keys]; heads of k and v serve groups."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+
+def blocks_error(dtype, heads, kv_heads, seq, device="cpu", kernel=None):
+    """Attention to earlier keys and to one's own, as two merged blocks, against plain float64.
+
+    Returns ({name: relative error of the output and of each gradient}, {kernel names}). kernel:
+    name of a class of attention_blocks, if not the one that the dtype is given.
+    """
+    import contextlib
+
+    from torch.profiler import profile
+
+    import attention_blocks
+    from context_parallel import merge
+
+    dtype = getattr(torch, dtype)
+    torch.manual_seed(0)
+    shapes = [(2, heads, seq, 16)] + 4 * [(2, kv_heads, seq, 16)]
+    q, *blocks = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
+    grad_out = torch.randn_like(q)
+    known = [x.double().requires_grad_() for x in (q, *blocks)]
+    mask = torch.ones(seq, 2 * seq, dtype=torch.bool, device=device).tril(seq)
+    keys, values = (torch.cat([known[i], known[i + 2]], dim=2) for i in (1, 2))
+    expected = plain_attention(known[0], keys, values, mask)
+    expected.backward(grad_out.double())
+
+    chosen = contextlib.nullcontext()
+    if kernel:
+        found = getattr(attention_blocks, kernel)
+        chosen = patch.object(attention_blocks, "kernel_for", lambda q: found)
+    with chosen, profile() as profiled:
+        out, log_sum = attention_blocks.forward_block(q, *blocks[:2], False)
+        out = out.to(torch.promote_types(dtype, torch.float32))
+        log_sum = log_sum.contiguous()
+        merge(out, log_sum, *attention_blocks.forward_block(q, *blocks[2:], True))
+        merged = out.to(dtype), log_sum
+        early = attention_blocks.backward_block(grad_out, q, *blocks[:2], *merged, False)
+        own = attention_blocks.backward_block(grad_out, q, *blocks[2:], *merged, True)
+    assert log_sum.dtype == out.dtype
+    results = [out, early[0].to(out.dtype) + own[0].to(out.dtype), *early[1:], *own[1:]]
+    names = ["out", "q", "k before", "v before", "k", "v"]
+    errors = {}
+    for name, result, exact in zip(
+        names, results, [expected, *(x.grad for x in known)], strict=True
+    ):
+        assert result.shape == exact.shape, name
+        errors[name] = ((result.double() - exact).norm() / exact.norm()).item()
+    kernels = {event.key for event in profiled.key_averages() if "attention" in event.key}
+    return errors, kernels
+
+
+def reduction_dtypes(argv):
+    """{axis: dtypes that were summed over it in a step}, activations apart, and the state's."""
+    import process_group as pg
+    import train
+
+    state, seen = build(argv), {}
+    real = {name: getattr(pg, name) for name in ("all_reduce", "reduce_scatter")}
+
+    def watched(name):
+        def call(x, group, *args, **options):
+            if group.axis != "tp" or x.dim() < 3:
+                seen.setdefault(group.axis, set()).add(str(x.dtype))
+            return real[name](x, group, *args, **options)
+
+        return call
+
+    with patch.multiple(pg, **{name: watched(name) for name in real}):
+        train.train_step(state)
+    moments = [value for entry in state.optimizer.state.values() for value in entry.values()]
+    seen["weights"] = {str(p.dtype) for p in state.parameters}
+    seen["gradients"] = {str(p.grad.dtype) for p in state.parameters}
+    seen["optimizer"] = {str(moment.dtype) for moment in moments if moment.dim()}
+    return seen

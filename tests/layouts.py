@@ -1,0 +1,98 @@
+"""Which layouts the tests train, and with which options.
+
+Every factorisation tp x cp x dp of 1, 2, 3, 4, 6 and 8 ranks is a row, once. The options of a row
+are chosen greedily, so that all rows together hold every pair of values of two different columns:
+tp split or not, cp split or not, dp split or not, engine, sequence parallelism, layers plain,
+recomputed or compiled, embeddings tied or not. Rows are added for pairs that are left; a test
+demands that none is.
+"""
+
+import itertools
+from collections import Counter
+
+SIZES = (1, 2, 3, 4, 6, 8)
+ENGINES = ("naive", "bucket", "zero1", "zero2", "zero3")
+LAYERS = ("", "--activation_checkpointing", "--compile aot_eager")
+SEQUENCES = 24  # a global batch that all dp sizes divide, with two micro-batches or more
+
+# Different sequences in every row; a vocabulary that no tp size divides.
+COMMON = (
+    "--dtype float64 --num_hidden_layers 2 --learning_rate 3e-3 --warmup_steps 2 "
+    "--dataset_name random --vocab_size 257 --intermediate_size 96 "
+)
+# 16 heads and 8 kv heads for powers of two; 24 and 12 where a size is a multiple of 3.
+SHAPES = {
+    False: "--hidden_size 64 --num_attention_heads 16 --num_key_value_heads 8 --seq_len 32 ",
+    True: "--hidden_size 96 --num_attention_heads 24 --num_key_value_heads 12 --seq_len 36 ",
+}
+
+
+def factorisations(size, axes):
+    """All (tp, cp, dp) with that product, in which only `axes` are split."""
+    return [
+        (tp, cp, dp)
+        for tp, cp, dp in itertools.product(range(1, size + 1), repeat=3)
+        if tp * cp * dp == size
+        and all(n == 1 or axis in axes for axis, n in (("tp", tp), ("cp", cp), ("dp", dp)))
+    ]
+
+
+def choices(layout, axes):
+    """All rows of a layout: (tp, cp, dp, engine, sequence parallelism, layers, tied).
+
+    None stands for an option that does nothing in this layout.
+    """
+    tp, cp, dp = layout
+    engines = ENGINES if cp * dp > 1 and "dp" in axes else (None,)
+    return itertools.product(
+        *([size] for size in layout), engines, (False, True) if tp > 1 else (None,), LAYERS,
+        (False, True),
+    )  # fmt: skip
+
+
+def pairs(row):
+    """The pairs of values that a row covers; of an axis it counts whether it is split."""
+    values = [size > 1 for size in row[:3]] + list(row[3:])
+    given = [(column, value) for column, value in enumerate(values) if value is not None]
+    return set(itertools.combinations(given, 2))
+
+
+def covering(axes):
+    """Rows with every layout along `axes` and every pair of values that can be had."""
+    layouts = [layout for size in SIZES for layout in factorisations(size, axes)]
+    everything = [row for layout in layouts for row in choices(layout, axes)]
+    seen = Counter({pair: 0 for row in everything for pair in pairs(row)})
+    rows = []
+
+    def take(candidates):
+        # The most new pairs; of equals the pairs that were rarest so far, then the smallest world.
+        def value(row):
+            size = row[0] * row[1] * row[2]
+            return sum(not seen[p] for p in pairs(row)), -sum(seen[p] for p in pairs(row)), -size
+
+        rows.append(max(candidates, key=value))
+        seen.update(pairs(rows[-1]))
+
+    for layout in reversed(layouts):
+        take(choices(layout, axes))
+    while 0 in seen.values():
+        take(everything)
+    return rows
+
+
+def flags_of(row):
+    """Two command lines: of a row, and of the same training in one process and one micro-batch."""
+    tp, cp, dp, engine, sequence_parallel, layers, tied = row
+    same = COMMON + SHAPES[tp * cp * dp % 3 == 0]
+    same += "--tie_word_embeddings yes " if tied else ""
+    micro_batches = 2 if SEQUENCES // dp % 2 == 0 else 3
+    own = f"--micro_batch_size {SEQUENCES // dp // micro_batches} "
+    own += f"--gradient_accumulation_steps {micro_batches} {layers} "
+    own += "".join(
+        f"--{axis}_size {size} "
+        for axis, size in zip(("tp", "cp", "dp"), row[:3], strict=True)
+        if size > 1
+    )
+    own += f"--dp_engine {engine} " if engine else ""
+    own += "--sequence_parallel " if sequence_parallel else ""
+    return same + own, same + f"--micro_batch_size {SEQUENCES}"
