@@ -162,8 +162,7 @@ class Zero3(Zero2):
         return super().reduce(bucket)
 
     def finish_update(self):
-        for bucket in self.buckets:
-            self.drop(bucket)
+        """Nothing is to be sent: the next forward pass gathers what it needs."""
 
     def traffic(self, micro_batches):
         # Forward and backward; once for the last layer and what is outside, which stay in between.

@@ -26,7 +26,8 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the other tests are about the CPU
     config.addinivalue_line(
         "markers",
-        "steps(first, last): the steps that a test runs on; with --step-dir, any from the first on",
+        "steps(first, last): the steps that a test runs on; with --step-dir any from the first on, "
+        "or with only=True none after the last either",
     )
 
 
@@ -37,7 +38,9 @@ def pytest_generate_tests(metafunc):
     first, last = (*marker.args, 99)[:2] if marker else (1, 99)
     own = metafunc.config.getoption("--step-dir")
     if own:  # what an early step shows once, later ones still have to do
-        chosen = [own.absolute()] if first <= step_number(own) else []
+        only = marker and marker.kwargs.get("only")
+        fits = first <= step_number(own) and not (only and step_number(own) > last)
+        chosen = [own.absolute()] if fits else []
     else:
         paths = sorted(ROOT.glob("step[0-9]_*"))
         chosen = [path for path in paths if first <= step_number(path) <= last]

@@ -40,6 +40,13 @@ def ranks_of(argv):
     return math.prod(flag(argv, f"{axis}_size", 1) for axis in ("tp", "cp", "dp", "pp"))
 
 
+def on_two(step_dir):
+    """Flags that make two ranks of a step: replicas at first, then its newest axis."""
+    step = int(re.match(r"step(\d+)", Path(step_dir).name)[1])
+    axes = {4: "tp", 5: "cp", 6: "dp"}
+    return f" --{axes[min(step, max(axes))]}_size 2" if step in range(4, 10) else ""
+
+
 def launch(step_dir, argv, ranks=None, through=(), timeout=300, **environment):
     """Run `train.py argv` on as many ranks as its sizes say, or `ranks`; never raises on failure.
 

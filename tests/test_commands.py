@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import pytest
 from conftest import step_number
-from launch import launch
+from launch import launch, on_two
 
 SHORT = "--num_hidden_layers 2 --seq_len 64 --max_tokens 2560 "
 FIELDS = {"step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second",
@@ -45,15 +45,18 @@ def test_a_copy_elsewhere_gives_the_same_bits_and_reports_all(step_dir, tmp_path
 
 @pytest.mark.steps(2)
 def test_one_rank_speaks_and_the_ledger_agrees_with_the_formula(step_dir):
-    result = launch(step_dir, SHORT + "--comm_ledger", ranks=2)
+    result = launch(step_dir, SHORT + "--comm_ledger" + on_two(step_dir), ranks=2)
     assert result.code == 0, result.errors
     assert result.errors == ["", ""]
     assert len(result.metrics) == 10
     assert result.metrics[-1]["tokens_per_second_per_device"] == pytest.approx(
         result.metrics[-1]["tokens_per_second"] / 2
     )
-    rows = [line.split() for line in result.out.splitlines() if " all_reduce " in line]
-    assert rows, result.out
+    lines = result.out.splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("axis "))
+    end = next(i for i, line in enumerate(lines) if line.startswith("step "))
+    rows = [line.split() for line in lines[begin + 1 : end]]
+    assert ["world", "all_reduce", "1", "8"] in [row[:4] for row in rows]
     for _, _, calls, size, calls_due, size_due in rows:
         assert (calls, size) == (calls_due, size_due)
 
@@ -62,7 +65,7 @@ def test_one_rank_speaks_and_the_ledger_agrees_with_the_formula(step_dir):
 def test_a_killed_rank_ends_the_job(step_dir, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     command += ["2", str(step_dir / "train.py"), "--num_hidden_layers", "1", "--seq_len", "16"]
-    command += ["--max_tokens", "100000000"]
+    command += ["--max_tokens", "100000000", *on_two(step_dir).split()]
     metrics = tmp_path / "metrics.jsonl"
     with subprocess.Popen(
         [*command, "--metrics_file", str(metrics)],

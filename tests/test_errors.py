@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import workers
 from conftest import step_number
-from launch import launch
+from launch import launch, on_two
 
 # flags: (words that the line must hold). {tmp} is a directory made by `folder`.
 STEP1 = {
@@ -137,14 +137,16 @@ def test_wrong_calls_of_the_data(step_dir, folder, subtests):
 def test_one_rank_reports_and_the_others_wait_for_it(step_dir):
     flags = "--model_name debugg"
     late = (workers.__file__.replace("workers.py", "breaks.py"), "late_first_rank")
-    assert_one_line(launch(step_dir, flags, ranks=2, through=late), STEP1[flags], 30)
+    result = launch(step_dir, flags + on_two(step_dir), ranks=2, through=late)
+    assert_one_line(result, STEP1[flags], 30)
 
 
 @pytest.mark.steps(3)
 def test_an_error_of_the_tokenising_rank_ends_all(step_dir, folder):
     flags = "--dataset_name {tmp}/rows.jsonl"
     late = (workers.__file__.replace("workers.py", "breaks.py"), "late_first_rank")
-    result = launch(step_dir, flags.format(tmp=folder), ranks=2, through=late)
+    argv = flags.format(tmp=folder) + on_two(step_dir)
+    result = launch(step_dir, argv, ranks=2, through=late)
     assert_one_line(result, STEP3[flags], 30)
 
 
@@ -152,7 +154,7 @@ def test_an_error_of_the_tokenising_rank_ends_all(step_dir, folder):
 def test_an_error_in_opening_the_reports_ends_all(step_dir, tmp_path):
     environment = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "WANDB_DIR": str(tmp_path)}
     environment |= {"HOME": str(tmp_path), "WANDB_SILENT": "true"}
-    result = launch(step_dir, "--use_wandb", ranks=2, **environment)
+    result = launch(step_dir, "--use_wandb" + on_two(step_dir), ranks=2, **environment)
     assert result.code != 0
     assert result.errors[0].splitlines()[-1].startswith("error: --use_wandb"), result.errors[0]
     assert result.errors[1] == ""
@@ -161,4 +163,12 @@ def test_an_error_in_opening_the_reports_ends_all(step_dir, tmp_path):
 @pytest.mark.steps(2, 2)
 def test_a_nan_under_torchrun_ends_all(step_dir):
     flags = "--learning_rate 1e38 --warmup_steps 0 --seq_len 8"
-    assert_one_line(launch(step_dir, flags, ranks=2), STEP1[flags], 30)
+    assert_one_line(launch(step_dir, flags + on_two(step_dir), ranks=2), STEP1[flags], 30)
+
+
+@pytest.mark.steps(4)
+def test_a_world_that_does_not_fit_is_one_line(step_dir):
+    """As launched: a layout of four for a job of two."""
+    flags = on_two(step_dir).replace(" 2", " 4")
+    result = launch(step_dir, flags, ranks=2)
+    assert_one_line(result, ("= 4 ranks, but 2 started", "--nproc_per_node"), 30)

@@ -45,7 +45,7 @@ def test_a_planted_mistake_is_noticed(step_dir, train_on, mistake, seen_in):
         spoiled.assert_same_as(reference)
 
 
-@pytest.mark.steps(2, 3)
+@pytest.mark.steps(2, 3, only=True)
 @pytest.mark.parametrize("size", [2, 3])
 def test_replicas_train_like_one(step_dir, train_on, size):
     argv = "--dtype float64 --num_hidden_layers 2 --seq_len 32"
@@ -53,7 +53,7 @@ def test_replicas_train_like_one(step_dir, train_on, size):
     train_on(step_dir, size, argv, 3).assert_same_as(reference, tolerance=0)
 
 
-@pytest.mark.steps(3, 3)
+@pytest.mark.steps(3, 3, only=True)
 def test_a_replica_with_other_data_is_noticed(step_dir, train_on):
     argv = "--dtype float64 --num_hidden_layers 2 --seq_len 32"
     with pytest.raises(AssertionError, match="rank 1 holds another value"):
@@ -99,18 +99,19 @@ def test_shapes_and_layouts_that_nobody_listed(step_dir, train_on, data):
     def one_of(*values):
         return data.draw(st.sampled_from(values))
 
+    # Four tokens and 31 symbols at least: attention over equal tokens has no gradient but rounding.
     axes = axes_of(step_dir)
     tp, cp, dp = one_of(*(sizes for size in (2, 3, 4) for sizes in factorisations(size, axes)))
     kv_heads = tp * whole(1, 2)
     heads = kv_heads * whole(1, 3)
     sequence_parallel = tp > 1 and one_of(False, True)
-    chunk = whole(1, 5) * (tp if sequence_parallel else 1)
+    chunk = whole(2, 5) * (tp if sequence_parallel else 1)
     micro_batches, micro_batch_size = whole(1, 3), whole(1, 2)
     shape = (
         "--dtype float64 --dataset_name random --learning_rate 3e-3 --warmup_steps 2 "
         f"--num_hidden_layers {whole(1, 3)} --num_key_value_heads {kv_heads} "
         f"--num_attention_heads {heads} --hidden_size {heads * 2 * whole(1, 4)} "
-        f"--intermediate_size {tp * whole(1, 9)} --vocab_size {whole(max(tp, 2), 99)} "
+        f"--intermediate_size {tp * whole(1, 9)} --vocab_size {whole(31, 99)} "
         f"--seq_len {2 * cp * chunk} --tie_word_embeddings {one_of('yes', 'no')} "
     )
     layout = (
@@ -130,8 +131,8 @@ def test_shapes_and_layouts_that_nobody_listed(step_dir, train_on, data):
 
 # 4 sequences in 2 micro-batches on every dp rank.
 MISTAKES_4 = [
-    ("no_sum_forward", "--tp_size 2", "step 1"),
-    ("no_sum_backward", "--tp_size 2", "gradient"),
+    ("no_sum_forward", "--tp_size 2", "another value"),
+    ("no_sum_backward", "--tp_size 2", "another value"),
     ("first_slice_everywhere", "--tp_size 2", "initial weight"),
     ("weights_drawn_by_each_rank", "--tp_size 2", "initial weight"),
     ("norm_gradients_of_own_tokens", "--tp_size 2 --sequence_parallel", "norm|another value"),
@@ -142,20 +143,21 @@ MISTAKES_5 = [
     ("chunks_in_a_row", "--cp_size 2", "step 1 of loss"),
     ("positions_from_zero", "--cp_size 2", "step 1 of loss"),
     ("late_chunk_for_early", "--cp_size 2", "step 1 of loss"),
-    ("blocks_added_up", "--cp_size 2", "step 1 of loss"),
+    ("blocks_added_up", "--cp_size 2", "nan at step 1"),
     ("gradients_never_sent_home", "--cp_size 2", "gradient of .*[kv]_proj|step 1 of grad_norm"),
     ("gradients_not_summed", "--cp_size 2", "another value"),
 ]
 MISTAKES_6 = [
     ("gradients_not_summed", "--cp_size 2 --dp_engine naive", "another value"),
     ("gradients_not_summed", "--dp_size 2 --dp_engine naive", "another value"),
-    *(("mean_over_ranks", f"--dp_size 2 --dp_engine {engine}", "gradient") for engine in ENGINES),
+    *(("mean_over_ranks", f"--dp_size 2 --dp_engine {engine}", "grad_norm") for engine in ENGINES),
     ("same_data_on_every_rank", "--dp_size 2", "step 1 of loss"),
     ("only_the_last_micro_batch_is_summed", "--dp_size 2 --dp_engine bucket", "another value"),
-    *(("hooks_vanish", f"--dp_size 2 --dp_engine {engine}", "gradient|another value|NoneType")
+    *(("hooks_vanish", f"--dp_size 2 --dp_engine {engine}", "another value|grad_norm")
       for engine in ENGINES[1:]),
     *(("update_not_shared", f"--dp_size 2 --dp_engine {engine}", "step 2 of loss")
-      for engine in ENGINES[2:]),
+      for engine in ENGINES[2:4]),
+    ("weights_not_gathered_anew", "--dp_size 2 --dp_engine zero3", "step 2 of loss"),
 ]  # fmt: skip
 
 

@@ -107,6 +107,7 @@ def test_an_error_of_the_first_rank_is_everyones(step_dir, worlds):
     assert worlds(step_dir, 3).run(workers.error_on_the_first_rank) == ["only here"] * 3
 
 
+@pytest.mark.steps(2, 3, only=True)
 @pytest.mark.parametrize("spoiled", [None, 1, 2])
 def test_replicas_are_compared_bit_for_bit(step_dir, worlds, spoiled):
     said = worlds(step_dir, 3).run(workers.replicas, spoiled)

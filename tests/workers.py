@@ -730,3 +730,201 @@ def reduction_dtypes(argv):
     seen["gradients"] = {str(p.grad.dtype) for p in state.parameters}
     seen["optimizer"] = {str(moment.dtype) for moment in moments if moment.dim()}
     return seen
+
+
+# --- layouts --------------------------------------------------------------------------------------
+
+
+def shapes_of(argv):
+    """{name: shape of what this rank holds}."""
+    return {p.global_name: tuple(p.shape) for p in build(argv).model.parameters()}
+
+
+def module_kinds(argv):
+    return {type(module).__name__ for module in build(argv).model.modules()}
+
+
+def refusal(argv, started):
+    """What parse_args says of a wrong call in a job of so many processes."""
+    import errors
+    import train
+
+    with patch.dict("os.environ", WORLD_SIZE=str(started), LOCAL_WORLD_SIZE=str(started)):
+        try:
+            train.parse_args(argv.split())
+        except errors.UserError as error:
+            return str(error)
+    raise AssertionError(f"{argv} was taken for a good call")
+
+
+def attended_pairs(seq, cp):
+    """For each rank of a ring, how often it attends from a query to a key: [seq, seq]."""
+    from types import SimpleNamespace
+
+    from context_parallel import attending, zigzag_positions
+
+    positions = [
+        zigzag_positions(seq, SimpleNamespace(size=cp, rank=rank)).numpy() for rank in range(cp)
+    ]
+    found = []
+    for rank in range(cp):
+        pairs = np.zeros((seq, seq))
+        for source in range(cp):
+            rows, columns, causal = attending(rank, source, seq // cp // 2)
+            queries, keys = positions[rank][rows], positions[source][columns]
+            block = np.ones((len(queries), len(keys)))
+            pairs[np.ix_(queries, keys)] += np.tril(block) if causal else block
+        found.append(pairs)
+    return found
+
+
+def plain_rows(queries, keys):
+    """(most rows at a time, all rows in order) of the plain kernel."""
+    from attention_blocks import Plain
+
+    q, k = torch.zeros(1, 1, queries, 4), torch.zeros(1, 1, keys, 4)
+    rows = [range(queries)[part] for part in Plain.row_slices(q, k)]
+    return max(map(len, rows)), [row for part in rows for row in part]
+
+
+def trained_and_evaluated(argv):
+    """Losses of two steps and held-out losses around them."""
+    import train
+
+    state = build(argv)
+    losses = [train.evaluate(state)]
+    for _ in range(2):
+        losses += [train.train_step(state)["loss"], train.evaluate(state)]
+    return losses
+
+
+def buckets_of(argv, size):
+    """[(parameters, bytes)] of the buckets of a given size."""
+    from data_parallel import Bucketed
+
+    with patch.object(Bucketed, "bucket_bytes", size):
+        state = build(argv + "--dp_size 2")
+    return [(len(b.parameters), sum(p.nbytes for p in b.parameters)) for b in state.engine.buckets]
+
+
+def reductions_during_backward(argv):
+    """For each reduction of a step, in order: how many gradients of its pass were still to come."""
+    import data_parallel
+    import train
+    from zero import ENGINES
+
+    engine = ENGINES[train.parse_args(argv.split()).dp_engine]
+    arrived, arrivals = [0], []
+    on_gradient, reduce = engine.on_gradient, engine.reduce
+
+    def count(self, bucket, parameter):
+        arrived[0] += 1
+        on_gradient(self, bucket, parameter)
+
+    def note(self, bucket):
+        arrivals.append(arrived[0])
+        return reduce(self, bucket)
+
+    # The hooks hold the engine's bound method, so the engine is spoiled before it is built.
+    with patch.object(data_parallel.Bucketed, "bucket_bytes", 300_000):
+        with patch.object(engine, "on_gradient", count), patch.object(engine, "reduce", note):
+            state = build(argv)
+            train.forward_backward(state)
+    return [-seen % len(list(state.model.parameters())) for seen in arrivals]
+
+
+def gathers_of_a_step(argv):
+    """[(what is gathered, the layer whose turn it is)] of a step of zero3; layers by number."""
+    import train
+    import zero
+
+    state = build(argv)
+    numbers = {id(bucket): i for i, bucket in enumerate(state.engine.buckets[:-1])}
+    gather, fetch = zero.Zero3.gather, zero.Zero3.fetch
+    found, turn = [], [None]
+
+    def noted(self, bucket):
+        found.append((numbers.get(id(bucket), "outside"), turn[0]))
+        return gather(self, bucket)
+
+    def fetched(self, bucket, ahead):
+        turn[0] = numbers.get(id(bucket))
+        fetch(self, bucket, ahead)
+
+    with patch.object(zero.Zero3, "gather", noted), patch.object(zero.Zero3, "fetch", fetched):
+        train.forward_backward(state)
+    return found
+
+
+def owned_bytes(argv):
+    """Bytes of weights, gradients and moments that this rank holds after a step."""
+    import train
+
+    state = build(argv)
+    train.train_step(state)
+
+    def storages(tensors):
+        found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(size for address, size in found.items() if address)
+
+    every = [*state.model.parameters(), *state.parameters]
+    gradients = [p.grad for p in every if p.grad is not None]
+    moments = [value for entry in state.optimizer.state.values() for value in entry.values()]
+    return {
+        "parameters": sum(p.full_shape.numel() for p in state.model.parameters()),
+        "weights": storages(every),
+        "gradients": storages(gradients),
+        "moments": sum(moment.nbytes for moment in moments if moment.dim()),
+    }
+
+
+def curve(argv, steps):
+    """Losses and gradient norms of some steps, one after the other."""
+    import train
+
+    state = build(argv)
+    metrics = [train.train_step(state) for _ in range(steps)]
+    return [m[key] for m in metrics for key in ("loss", "grad_norm")]
+
+
+def curve_of_fully_shard(argv, steps):
+    """The same of the same model and batches, sharded by PyTorch's FSDP2."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    import train
+    from model import Llama, materialize
+    from optimizer import build_optimizer
+
+    state = build(argv.replace("zero3", "naive"))
+    args, size = state.args, state.args.dp_size
+    with torch.device("meta"):
+        model = Llama(args.config, train.DTYPES[args.dtype], args.activation_checkpointing)
+    materialize(model, args.seed, state.device)
+    shapes = {p.global_name: p.full_shape for p in model.parameters()}
+    mesh = init_device_mesh(state.device.type, (size,))
+    for layer in model.model.layers.values():
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for module in (*model.model.layers.values(), model):
+        module.set_gradient_divide_factor(1.0)  # a sum, as the loss is divided by all targets
+    for name, parameter in model.named_parameters():
+        parameter.full_shape = shapes[name]
+    optimizer = build_optimizer(list(model.parameters()), args.learning_rate, args.weight_decay)
+    found = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in state.data.micro_batches(step):
+            loss = model(*batch) / args.tokens_per_step
+            loss.backward()
+            total += loss.detach()
+        dist.all_reduce(total)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate_at(step + 1, args)
+        optimizer.step()
+        found += [total.item(), norm.full_tensor().item()]
+    dist.barrier()
+    return found

@@ -1,0 +1,102 @@
+"""What the data-parallel engines promise beyond equal numbers."""
+
+import numpy as np
+import pytest
+import workers
+from layouts import ENGINES
+
+pytestmark = pytest.mark.steps(6, 6)
+SMALL = "--num_hidden_layers 4 --seq_len 16 --micro_batch_size 2 --dataset_name random "
+
+
+@pytest.mark.parametrize("dp, micro_batches", [(2, 1), (2, 3), (3, 2), (6, 1)])
+def test_the_ranks_read_the_sequences_of_one_process(step_dir, worlds, dp, micro_batches):
+    tokens = np.arange(1000, dtype=np.uint16)
+    size = dp * micro_batches
+    argv = f"--seq_len 10 --micro_batch_size 2 --gradient_accumulation_steps {size}"
+    ((whole, held_out),) = worlds(step_dir, 1).run(workers.local_batches_of, argv, tokens, 2)
+    argv = f"--seq_len 10 --micro_batch_size 2 --gradient_accumulation_steps {micro_batches} "
+    ranks = worlds(step_dir, dp).run(workers.local_batches_of, argv + f"--dp_size {dp}", tokens, 2)
+    for index in (0, 1):  # inputs and targets
+        read = [batch[index] for batches, _ in ranks for batch in batches]
+        every = [batch[index] for batch in whole]
+        assert sorted(map(str, np.concatenate(read))) == sorted(map(str, np.concatenate(every)))
+    held = [tokens for _, batches in ranks for tokens in batches]
+    assert sorted(map(str, np.concatenate(held))) == sorted(map(str, np.concatenate(held_out)))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_held_out_loss_does_not_depend_on_the_layout(step_dir, worlds, engine):
+    argv = "--dtype float64 --num_hidden_layers 2 --seq_len 16 --dataset_name random "
+    (alone,) = worlds(step_dir, 1).run(workers.trained_and_evaluated, argv + "--micro_batch_size 8")
+    argv += f"--micro_batch_size 4 --dp_size 2 --cp_size 2 --dp_engine {engine}"
+    for losses in worlds(step_dir, 4).run(workers.trained_and_evaluated, argv):
+        assert losses == pytest.approx(alone, rel=1e-12)
+
+
+def test_buckets_are_true_to_their_size(step_dir, worlds):
+    (buckets,) = {
+        str(found) for found in worlds(step_dir, 2).run(workers.buckets_of, SMALL, 300_000)
+    }
+    buckets = eval(buckets)
+    assert len(buckets) > 4
+    for parameters, size in buckets:
+        assert size <= 300_000 or parameters == 1
+    for (_, one), (_, other) in zip(buckets, buckets[1:], strict=False):
+        assert one + other > 300_000 or one > 200_000, "neighbours that would fit into one"
+
+
+@pytest.mark.parametrize("engine", ["bucket", "zero1", "zero2", "zero3"])
+def test_reductions_begin_while_backward_goes_on(step_dir, worlds, engine):
+    argv = SMALL + f"--dp_size 2 --dp_engine {engine} --gradient_accumulation_steps 2"
+    for missing in worlds(step_dir, 2).run(workers.reductions_during_backward, argv):
+        passes = 1 if engine in ("bucket", "zero1") else 2  # the last micro-batch's, or each one's
+        assert missing.count(0) == passes, missing
+        assert len(missing) >= 5 * passes
+
+
+def test_the_next_layer_is_gathered_ahead(step_dir, worlds):
+    argv = SMALL + "--dp_size 2 --dp_engine zero3"
+    for gathered in worlds(step_dir, 2).run(workers.gathers_of_a_step, argv):
+        # (what is gathered, the layer whose turn it is): forward 0 … 3, backward 3 … 0
+        assert gathered == [
+            ("outside", None), (0, None), (1, 0), (2, 1), (3, 2), (2, 3), (1, 2), (0, 1),
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dp", [2, 4])
+def test_owned_bytes_are_those_of_the_zero_paper(step_dir, worlds, dp):
+    """ZeRO (arXiv:1910.02054), section 5; in float32 weights and gradients 4 N, Adam 8 N."""
+    for engine in ENGINES:
+        argv = SMALL + f"--dp_size {dp} --dp_engine {engine}"
+        for found in worlds(step_dir, dp).run(workers.owned_bytes, argv):
+            whole = 4 * found["parameters"]
+            shards = {
+                "naive": (1, 1, 2),
+                "bucket": (1, 1, 2),
+                "zero1": (1, 1 + 1 / dp, 2 / dp),  # the sum's shard beside what is to be summed
+                "zero2": (1, 1 / dp, 2 / dp),
+                "zero3": (1 / dp, 1 / dp, 2 / dp),
+            }[engine]
+            for kind, share in zip(("weights", "gradients", "moments"), shards, strict=True):
+                assert found[kind] == pytest.approx(share * whole, rel=2e-3), (engine, kind)
+
+
+@pytest.mark.parametrize("flags", ["", "--activation_checkpointing"])
+def test_zero3_is_pytorchs_fully_shard(step_dir, worlds, flags):
+    argv = "--dtype float64 --num_hidden_layers 3 --seq_len 32 --learning_rate 3e-3 "
+    argv += f"--warmup_steps 2 --gradient_accumulation_steps 2 --dp_size 2 {flags} "
+    argv += "--dp_engine zero3"
+    world = worlds(step_dir, 2)
+    ours = world.run(workers.curve, argv, 5)[0]
+    theirs = world.run(workers.curve_of_fully_shard, argv, 5)[0]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(other, rel=1e-10)
+
+
+def test_wrong_calls_of_data_parallelism(step_dir, worlds):
+    world = worlds(step_dir, 1)
+    (said,) = world.run(workers.refusal, "--dp_engine zero4", 1)
+    assert "--dp_engine" in said and "zero3" in said
+    (said,) = world.run(workers.refusal, "--dp_size 3", 2)
+    assert "dp_size 3" in said and "but 2 started" in said
