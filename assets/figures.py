@@ -7,7 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
 
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#ee8866"]
 EDGE = "#333333"
@@ -196,10 +196,222 @@ def packing():
     return figure
 
 
+def ring():
+    """Who attends to what, contiguous beside zigzag, and the keys and values on their way."""
+    figure, axes = canvas(11, 5.6, 44, 22)
+    ranks, size = 4, 1.35
+    square = size * 2 * ranks
+    for x, title, owner in (
+        (2.2, "contiguous: rank r has chunks 2r and 2r+1", lambda chunk: chunk // 2),
+        (17.2, "zigzag: rank r has chunks r and 7-r", lambda chunk: min(chunk, 7 - chunk)),
+    ):
+        axes.text(x + square / 2, 20.9, title, ha="center", fontsize=9)
+        chunks = [[owner(i) if j <= i else None for j in range(8)] for i in range(8)]
+        cells(axes, x, 8.6, square, square, chunks)
+        counts = dict.fromkeys(range(ranks), 0.0)
+        for i in range(8):
+            y = 8.6 + square - (i + 1) * size
+            axes.text(x - 0.3, y + size / 2, str(i), ha="right", va="center", fontsize=7)
+            axes.text(x + (i + 0.5) * size, 19.7, str(i), ha="center", fontsize=7)
+            left = x + i * size
+            corners = [(left, y + size), (left + size, y + size), (left + size, y)]
+            axes.add_patch(Polygon(corners, fc="white", ec="white"))  # the half that is masked
+            counts[owner(i)] += i + 0.5
+        axes.add_patch(Rectangle((x, 8.6), square, square, fill=False, ec=EDGE, lw=0.8))
+        axes.text(x - 1.5, 14, "queries", rotation=90, va="center", fontsize=8)
+        axes.text(x + square - 0.2, 18.3, "keys across, queries down", ha="right", fontsize=7)
+        for rank, count in counts.items():
+            y = 6.6 - 1.35 * rank
+            bar = Rectangle((x, y), count * 0.34, 0.95, fc=COLOURS[rank], alpha=0.85)
+            axes.add_patch(bar)
+            label = f"rank {rank}: {count:g} squares"
+            axes.text(x + count * 0.34 + 0.3, y + 0.45, label, va="center", fontsize=7.5)
+    axes.text(37.2, 20.9, "the ring: kv blocks, step by step", ha="center", fontsize=9)
+    for rank in range(ranks):
+        axes.text(33.6 + rank * 2.5, 19.7, f"rank {rank}", ha="center", fontsize=7.5)
+    for step in range(ranks):
+        y = 17.4 - step * 3.6
+        axes.text(31.9, y + 0.8, f"step {step}", ha="right", va="center", fontsize=7.5)
+        for rank in range(ranks):
+            source, x = (rank - step) % ranks, 32.5 + rank * 2.5
+            box(axes, x, y, 2.2, 1.6, f"kv {source}", COLOURS[source], 8)
+            if step + 1 < ranks:
+                end = x + 3.6 if rank + 1 < ranks else 33.6
+                bend = 0.0 if rank + 1 < ranks else -0.12
+                colour = EDGE if rank + 1 < ranks else "#999999"
+                arrow(axes, (x + 1.1, y - 0.1), (end, y - 1.9), colour, bend)
+    text = (
+        "each block is sent on while it is computed:\ncp steps, cp - 1 sends; backward again,\n"
+        "with the gradients of kv one step behind"
+    )
+    axes.text(37.2, 4.2, text, ha="center", va="center", fontsize=7.5)
+    return figure
+
+
+def tensor_parallel():
+    """One decoder layer on two ranks: the slices they hold, and where they communicate."""
+    figure, axes = canvas(12, 7, 52, 30)
+    halves = {"q, k, v": 0, "gate, up": 0, "o": 1, "down": 1}  # cut along which dim
+
+    def matrix(x, y, name, rank):
+        for part in range(2):
+            size = (2.4, 1.2) if halves[name] == 0 else (1.2, 2.4)
+            corner = (x, y + 1.2 - 1.2 * part) if halves[name] == 0 else (x + 1.2 * part, y)
+            colour = COLOURS[rank] if part == rank else "white"
+            style = {"fc": colour, "ec": EDGE, "lw": 0.6, "alpha": 0.85}
+            axes.add_patch(Rectangle(corner, *size, **style))
+        axes.text(x + 1.2, y + 2.7, name, ha="center", fontsize=7.5, family="monospace")
+
+    def activation(x, y, rank, dealt_out):
+        for part in range(2):
+            mine = not dealt_out or part == rank
+            colour = (COLOURS[rank] if dealt_out else COLOURS[6]) if mine else "white"
+            corner = (x, y + 1.2 - 1.2 * part)
+            axes.add_patch(Rectangle(corner, 1.3, 1.2, fc=colour, ec=EDGE, lw=0.6, alpha=0.85))
+
+    def meeting(x, y, text):
+        box(axes, x, y - 0.7, 1.3, 10.6, colour="#fff3c4")
+        where = {"ha": "center", "va": "center", "rotation": 90, "fontsize": 8}
+        axes.text(x + 0.65, y + 4.3, text, weight="bold", **where)
+
+    def block(x, y, rank, dealt_out, first, inner, last):
+        activation(x, y, rank, dealt_out)
+        colour = COLOURS[rank] if dealt_out else COLOURS[6]
+        box(axes, x + 2.3, y + 0.2, 2.6, 2, "norm", colour, 8)
+        matrix(x + 8.6, y, first, rank)
+        box(axes, x + 12.3, y + 0.2, 3.4, 2, inner, COLOURS[rank], 7.5)
+        matrix(x + 17, y, last, rank)
+        stops = [(1.4, 2.2), (5, 8.5), (11.1, 12.2), (15.8, 16.9), (19.5, 22.9)]
+        for start, end in stops:
+            arrow(axes, (x + start, y + 1.2), (x + end, y + 1.2))
+        axes.text(x + 22.95, y + 1.2, "+", fontsize=13, ha="left", va="center", weight="bold")
+        bend = {"connectionstyle": "arc3,rad=0.08", "arrowstyle": "-|>", "mutation_scale": 8}
+        start, end = (x + 0.65, y - 0.1), (x + 23.3, y + 0.6)
+        axes.add_patch(FancyArrowPatch(start, end, color="#228833", lw=1.2, **bend))
+
+    panels = [
+        (17, "--tp_size 2: grey is the same on both ranks", False, "all-reduce"),
+        (1, "--tp_size 2 --sequence_parallel: half of the tokens each", True, "reduce-scatter"),
+    ]
+    for y, title, dealt_out, end in panels:
+        axes.text(0.3, y + 12, title, fontsize=9.5, weight="bold")
+        for x in (2.2, 26.2):
+            if dealt_out:
+                meeting(x + 6, y + 1, "all-gather")
+            meeting(x + 20.3, y + 1, end)
+        for rank in range(2):
+            low = y + 7.8 - 6.8 * rank
+            axes.text(0.2, low + 1.2, f"rank {rank}", fontsize=8, va="center", rotation=90)
+            heads = f"heads\n{4 * rank} to {4 * rank + 3}"
+            block(2.2, low, rank, dealt_out, "q, k, v", heads, "o")
+            block(26.2, low, rank, dealt_out, "gate, up", "silu(gate)\n* up", "down")
+            activation(50.2, low, rank, dealt_out)
+    return figure
+
+
+def engines():
+    """What each data-parallel engine keeps on each of four ranks."""
+    figure, axes = canvas(10, 3.6, 41, 15)
+    names = ["naive, bucket", "zero1", "zero2", "zero3"]
+    kinds = [("weights", 1.0), ("gradients", 1.0), ("optimizer state", 2.0)]
+    whole = [(True, True, True), (True, True, False), (True, False, False), (False, False, False)]
+    totals = [
+        "16 N",
+        "8 N + 12 N/4 = 11 N\n(gradients: whole, and the shard)",
+        "4 N + 12 N/4 = 7 N",
+        "16 N/4 = 4 N",
+    ]
+    for index, (name, kept, total) in enumerate(zip(names, whole, totals, strict=True)):
+        left = 1 + index * 10.2
+        axes.text(left + 4.4, 14, name, ha="center", fontsize=9, family="monospace")
+        for rank in range(4):
+            x, y = left + rank * 2.3, 2.6
+            for (_, height), is_whole in zip(kinds, kept, strict=True):
+                size = height * 2.4
+                for part in range(4):  # of four, the lowest is the last rank's
+                    mine = is_whole or part == 3 - rank
+                    shade = "#bbbbbb" if is_whole else COLOURS[rank]
+                    place = (x, y + part * size / 4)
+                    fill = shade if mine else "white"
+                    axes.add_patch(Rectangle(place, 1.9, size / 4, fc=fill, ec="#dddddd", lw=0.5))
+                axes.add_patch(Rectangle((x, y), 1.9, size, fill=False, ec=EDGE, lw=0.9))
+                y += size + 0.25
+            axes.text(x + 0.95, 1.7, f"rank {rank}", ha="center", fontsize=7)
+            if index == 0 and rank == 0:
+                y = 2.6
+                for kind, height in kinds:
+                    axes.text(
+                        0.5, y + height * 1.2, kind, rotation=90, ha="center", va="center",
+                        fontsize=7,
+                    )  # fmt: skip
+                    y += height * 2.4 + 0.25
+        axes.text(left + 4.4, 1.1, total, ha="center", va="top", fontsize=8)
+    return figure
+
+
+def backward_overlap():
+    """When the engines talk: time lines of a step's last backward pass, schematic."""
+    figure, axes = canvas(10, 4.5, 40, 23)
+    axes.set_ylim(3, 23)
+    layers, wide = 4, 3.6
+
+    def row(y, label, bars, colour):
+        axes.text(5.2, y + 0.6, label, ha="right", va="center", fontsize=7.5)
+        for start, width, text in bars:
+            box(axes, 5.6 + start, y, width - 0.12, 1.2, text, colour, 7)
+
+    compute, talk, gather = "#dbe8f4", "#f7dfe2", "#e3efd8"
+    backward = [(i * wide, wide, f"layer {layers - 1 - i}") for i in range(layers)]
+    end = layers * wide
+
+    axes.text(0.3, 21.9, "naive", fontsize=9, family="monospace", weight="bold")
+    row(20.1, "backward", backward, compute)
+    row(18.6, "all-reduce", [(end + i * 0.9, 0.9, "") for i in range(16)], talk)
+    text = "one for each parameter, when all is computed"
+    axes.text(5.6 + end + 7.2, 20.6, text, ha="center", fontsize=7)
+
+    axes.text(0.3, 16.9, "bucket", fontsize=9, family="monospace", weight="bold")
+    row(15.1, "backward", backward, compute)
+    reductions = [(wide * (i + 1), wide, f"bucket {i}") for i in range(layers)]
+    row(13.6, "all-reduce", reductions, talk)
+    text = "a bucket leaves as soon as it is full; only the last is waited for"
+    axes.text(5.6 + end + wide + 0.6, 14.2, text, va="center", fontsize=7)
+
+    axes.text(0.3, 11.9, "zero3", fontsize=9, family="monospace", weight="bold")
+    row(10.1, "backward", backward, compute)
+    gathers = [(i * wide, wide, f"layer {layers - 2 - i}") for i in range(layers - 1)]
+    row(8.6, "all-gather", gathers, gather)
+    scatters = [(wide * (i + 1), wide, f"layer {layers - 1 - i}") for i in range(layers)]
+    row(7.1, "reduce-scatter", scatters, talk)
+    text = (
+        "the next layer's weights come while this\n"
+        "one computes, the gradients of this one\n"
+        "leave while the next one computes"
+    )
+    axes.text(5.6 + end + wide + 0.6, 9.2, text, va="center", fontsize=7)
+    held = [
+        (i * wide, wide, ", ".join(str(n) for n in (layers - 1 - i, layers - 2 - i) if n >= 0))
+        for i in range(layers)
+    ]
+    row(5.4, "layers in memory", held, "white")
+    arrow(axes, (5.6, 3.9), (5.6 + end + wide, 3.9))
+    axes.text(5.6 + end + wide + 0.4, 3.9, "time", va="center", fontsize=8)
+    return figure
+
+
 def draw_all(folder):
     """Write every figure into a folder; the paths."""
     paths = []
-    for draw in (nine_steps, one_layer, mesh, packing):
+    for draw in (
+        nine_steps,
+        one_layer,
+        mesh,
+        packing,
+        tensor_parallel,
+        ring,
+        engines,
+        backward_overlap,
+    ):
         figure = draw()
         paths.append(Path(folder) / f"{draw.__name__}.png")
         figure.savefig(paths[-1], dpi=130, bbox_inches="tight")

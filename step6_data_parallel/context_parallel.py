@@ -85,7 +85,7 @@ class RingAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, group):
         kv = torch.stack([k, v])  # [2, batch, kv_heads, seq / cp, head_dim], one message
         exact = torch.promote_types(q.dtype, torch.float32)
-        out = torch.zeros(q.shape, dtype=exact, device=q.device)
+        out = torch.zeros_like(q, dtype=exact)
         log_sum = torch.full(q.shape[:-1], -torch.inf, dtype=exact, device=q.device)
         for source, (k, v) in travel(kv, group):
             rows, columns, causal = attending(group.rank, source, q.shape[2] // 2)
@@ -99,10 +99,10 @@ class RingAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         q, kv, out, log_sum = ctx.saved_tensors
-        group, grad_out = ctx.group, grad_out.contiguous()
-        grad_q = torch.zeros(q.shape, dtype=log_sum.dtype, device=q.device)
+        group = ctx.group
+        grad_q = torch.zeros_like(q, dtype=log_sum.dtype)
         # The sum of gradients of a block of keys and values, which follows it round the ring.
-        grad_kv, handles = torch.zeros(kv.shape, dtype=log_sum.dtype, device=q.device), []
+        grad_kv, handles = torch.zeros_like(kv, dtype=log_sum.dtype), []
         for source, (k, v) in travel(kv, group):
             rows, columns, causal = attending(group.rank, source, q.shape[2] // 2)
             grads = backward_block(
@@ -120,6 +120,7 @@ class RingAttention(torch.autograd.Function):
                 handle.wait()
             grad_q[:, :, rows] += grads[0]
             grad_kv[:, :, :, columns] += torch.stack(grads[1:])
+            # Two ranks' messages arrive in the order sent: these gradients after the next block.
             sent, grad_kv = grad_kv, torch.empty_like(grad_kv)
             handles = pg.exchange(group, [(sent, group.next)], [(grad_kv, group.previous)])
         for handle in handles:

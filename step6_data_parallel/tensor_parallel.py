@@ -115,14 +115,14 @@ class ColumnParallel(torch.autograd.Function):
         grad_x = sum(products[1:], products[0])  # [batch, seq, in]
         if ctx.sequence_parallel:
             gathered.wait()
+            x = joined(x, ctx.group)
             grad_x, summed = pg.reduce_scatter(cut(grad_x, ctx.group), ctx.group, async_op=True)
         else:
             summed = pg.all_reduce(grad_x, ctx.group, async_op=True)
         # While it is being summed, the weights' gradients: they need no communication.
-        x = x.flatten(0, 1)  # [tokens, in]
-        grad_weights = [(g.flatten(0, 1).T @ x).to(weights[0].dtype) for g in grads]
+        grads = [g.flatten(0, 1).T @ x.flatten(0, 1) for g in grads]  # [out / tp, in]
         summed.wait()
-        return grad_x, None, None, *grad_weights
+        return grad_x, None, None, *(grad.to(weights[0].dtype) for grad in grads)
 
 
 def part(weight, dim, group):

@@ -29,26 +29,21 @@ class Zero1(Bucketed):
 
     def lay_out(self, bucket):
         super().lay_out(bucket)
-        self.lay_out_shards(bucket)
+        self.lay_out_shard(bucket, bucket.gradients[bucket.mine])
 
-    def lay_out_shards(self, bucket):
+    def lay_out_shard(self, bucket, gradient_shard):
+        """Put weights into a vector; what this rank updates is a shard of it, with a gradient."""
         bucket.weights = bucket.vector(bucket.parameters)
         for parameter, view in zip(bucket.parameters, bucket.views(bucket.weights), strict=True):
             parameter.data = view
-        bucket.shard = bucket.weights[bucket.mine]
-        bucket.gradient_shard = torch.zeros_like(bucket.shard)
+        bucket.shard, bucket.gradient_shard = bucket.weights[bucket.mine], gradient_shard
         bucket.own = bucket.pieces(bucket.shard, bucket.gradient_shard)
-
-    def zero_grad(self):
-        super().zero_grad()
-        for bucket in self.buckets:
-            bucket.gradient_shard.zero_()
 
     def reduce(self, bucket):
         return pg.reduce_scatter(bucket.gradients, self.group, async_op=True)
 
     def reduced(self, bucket, shard):
-        bucket.gradient_shard += shard
+        bucket.gradient_shard.copy_(shard)
 
     def finish_update(self):
         handles = [self.gather(bucket) for bucket in self.buckets]
@@ -70,7 +65,7 @@ class Zero2(Zero1):
     """And keeps the gradients of only that shard: every micro-batch's are sent off at once."""
 
     def lay_out(self, bucket):
-        self.lay_out_shards(bucket)
+        self.lay_out_shard(bucket, bucket.vector()[bucket.mine].clone())
 
     def zero_grad(self):
         for bucket in self.buckets:
@@ -88,7 +83,7 @@ class Zero2(Zero1):
         return super().reduce(bucket)
 
     def reduced(self, bucket, shard):
-        super().reduced(bucket, shard)
+        bucket.gradient_shard += shard
         bucket.gradients = None
 
     def traffic(self, micro_batches):
@@ -118,10 +113,10 @@ class Zero3(Zero2):
         inside = {parameter for layer in layers for parameter in layer}
         return [*layers, [p for p in self.parameters if p not in inside]]
 
-    def lay_out_shards(self, bucket):
-        super().lay_out_shards(bucket)
+    def lay_out_shard(self, bucket, gradient_shard):
+        super().lay_out_shard(bucket, gradient_shard)
         bucket.shard = bucket.shard.clone()
-        bucket.own = bucket.pieces(bucket.shard, bucket.gradient_shard)
+        bucket.own = bucket.pieces(bucket.shard, gradient_shard)
         bucket.gathering = None
         self.drop(bucket)
 

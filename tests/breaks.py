@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from unittest.mock import patch
 
+from fully_sharded import fully_sharded  # noqa: F401  no mistake, but chosen by name too
+
 
 def instead(train, spoil):
     """Let spoil(state, forward_backward) stand in for a step's forward_backward(state)."""

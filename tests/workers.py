@@ -121,9 +121,8 @@ def dtypes_of_a_step(argv):
     import train
 
     state = build(argv)
-    with Dtypes() as dtypes:
-        train.forward_backward(state)
-        train.gradient_norm(state.parameters, state.model.parameter_names)
+    with Dtypes() as dtypes, patch.object(state.optimizer, "step", lambda: None):
+        train.train_step(state)
     train.train_step(state)
     moments = [value for entry in state.optimizer.state.values() for value in entry.values()]
     return {str(dtype): sorted(names) for dtype, names in dtypes.seen.items()}, {
@@ -876,55 +875,3 @@ def owned_bytes(argv):
         "gradients": storages(gradients),
         "moments": sum(moment.nbytes for moment in moments if moment.dim()),
     }
-
-
-def curve(argv, steps):
-    """Losses and gradient norms of some steps, one after the other."""
-    import train
-
-    state = build(argv)
-    metrics = [train.train_step(state) for _ in range(steps)]
-    return [m[key] for m in metrics for key in ("loss", "grad_norm")]
-
-
-def curve_of_fully_shard(argv, steps):
-    """The same of the same model and batches, sharded by PyTorch's FSDP2."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    import train
-    from model import Llama, materialize
-    from optimizer import build_optimizer
-
-    state = build(argv.replace("zero3", "naive"))
-    args, size = state.args, state.args.dp_size
-    with torch.device("meta"):
-        model = Llama(args.config, train.DTYPES[args.dtype], args.activation_checkpointing)
-    materialize(model, args.seed, state.device)
-    shapes = {p.global_name: p.full_shape for p in model.parameters()}
-    mesh = init_device_mesh(state.device.type, (size,))
-    for layer in model.model.layers.values():
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    for module in (*model.model.layers.values(), model):
-        module.set_gradient_divide_factor(1.0)  # a sum, as the loss is divided by all targets
-    for name, parameter in model.named_parameters():
-        parameter.full_shape = shapes[name]
-    optimizer = build_optimizer(list(model.parameters()), args.learning_rate, args.weight_decay)
-    found = []
-    for step in range(steps):
-        optimizer.zero_grad()
-        total = torch.zeros((), dtype=torch.float64)
-        for batch in state.data.micro_batches(step):
-            loss = model(*batch) / args.tokens_per_step
-            loss.backward()
-            total += loss.detach()
-        dist.all_reduce(total)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate_at(step + 1, args)
-        optimizer.step()
-        found += [total.item(), norm.full_tensor().item()]
-    dist.barrier()
-    return found
