@@ -1,8 +1,8 @@
 """The sanity check of every step: all layouts train the same model, step by step.
 
-    python tests/convergence.py                                   # splits of the batch, float64
+    python tests/convergence.py                                   # all runs below, float64
     python tests/convergence.py --dtype float32 --figure assets/convergence.png
-    python tests/convergence.py "step3_dataloader --micro_batch_size 2"
+    python tests/convergence.py "step4_tensor_parallel --tp_size 2 --micro_batch_size 8"
 
 Each RUN is a step's directory and flags of its layout. Every run is launched as a reader would,
 trains on the same global batch, and is compared with the first step's worth of code that reads
@@ -11,6 +11,7 @@ data, `step3_dataloader` in one process. Prints a table; exits with 1 outside th
 
 import argparse
 import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -28,6 +29,19 @@ BOUNDS = {"float64": (20, 3e-3, 1e-10, 1e-10), "float32": (200, 3e-4, 5e-5, 1e-4
 SPLITS = [
     f"{BASELINE} --micro_batch_size {8 // count} --gradient_accumulation_steps {count}"
     for count in (2, 4, 8)
+]
+LAYOUTS = [
+    "step4_tensor_parallel --tp_size 2 --micro_batch_size 8",
+    "step4_tensor_parallel --tp_size 4 --sequence_parallel --micro_batch_size 8",
+    "step5_context_parallel --cp_size 2 --micro_batch_size 8",
+    "step5_context_parallel --cp_size 4 --micro_batch_size 8",
+    "step6_data_parallel --dp_size 2 --micro_batch_size 4",
+    *(
+        f"step6_data_parallel --dp_size 4 --dp_engine {engine} --micro_batch_size 1 "
+        "--gradient_accumulation_steps 2"
+        for engine in ("naive", "bucket", "zero1", "zero2", "zero3")
+    ),
+    "step6_data_parallel --tp_size 2 --cp_size 2 --dp_size 2 --micro_batch_size 4",
 ]
 COMMON = (
     "--num_hidden_layers 4 --seq_len 64 --learning_rate {learning_rate} --warmup_steps 20 "
@@ -72,11 +86,12 @@ def draw(reference, curves, path, title):
     losses = [m["loss"] for m in reference]
     top.plot(steps, losses, "k", linewidth=4, alpha=0.25, label=f"baseline, {BASELINE}")
     for name, metrics in curves.items():
-        top.plot(steps, [m["loss"] for m in metrics], linewidth=1, label=name)
+        label = re.sub("_size|--|gradient_|_steps|^step", "", name)
+        top.plot(steps, [m["loss"] for m in metrics], linewidth=1, label=label)
         gaps = [abs(a - b["loss"]) or math.nan for a, b in zip(losses, metrics, strict=True)]
         bottom.plot(steps, gaps, ".", markersize=4)  # where there is none, no point
     top.set_ylabel("loss (nats per byte)")
-    top.legend(fontsize=7)
+    top.legend(fontsize=5)
     bottom.set_yscale("log")
     bottom.set_ylabel("|difference of loss| to the baseline")
     bottom.set_xlabel("step")
@@ -90,7 +105,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="*", default=SPLITS, metavar="RUN")
+    parser.add_argument("runs", nargs="*", default=SPLITS + LAYOUTS, metavar="RUN")
     parser.add_argument("--dtype", choices=BOUNDS, default="float64")
     parser.add_argument("--steps", type=int, help="default: 20 in float64, 200 in float32")
     parser.add_argument("--sequences", type=int, default=8, help="global batch size")
@@ -128,6 +143,7 @@ def main():
         step, _, layout = run.partition(" ")
         row = [step, layout, ranks_of(run), f"{loss:.1e}", f"{norm:.1e}"]
         rows.append([*row, f"{speed(curves[run]):,.0f}", "ok" if good else "OUTSIDE"])
+        print(f"{run}: {rows[-1][-1]}", file=sys.stderr, flush=True)
     relative = "relative " if options.dtype == "float64" else ""
     headers = ["step", "layout", "ranks", f"max {relative}Δ loss", "max relative Δ grad norm"]
     print(table([*headers, "tokens/s", ""], rows))
