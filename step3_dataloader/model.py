@@ -224,6 +224,7 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.cross_entropy = cross_entropy
         self.parameter_names = [name for name, _ in self.named_parameters()]
+        self.parameter_count = sum(parameter.numel() for parameter in self.parameters())
         for name, parameter in self.named_parameters():
             parameter.global_name = name
             parameter.full_shape = parameter.shape

@@ -31,8 +31,8 @@ def peak_flops(device):
 def flops_per_token(model, seq_len):
     """Forward and backward of one token: 6 N + 12 L H S. Source: PaLM (arXiv:2204.02311), B."""
     config = model.model.config
-    size = sum(p.full_shape.numel() for p in model.parameters())
-    return 6 * size + 12 * config.num_hidden_layers * config.hidden_size * seq_len
+    attention = 12 * config.num_hidden_layers * config.hidden_size * seq_len
+    return 6 * model.parameter_count + attention
 
 
 def peak_memory_gb(device):

@@ -93,25 +93,26 @@ class Zero2(Zero1):
 class Zero3(Zero2):
     """And keeps the weights of only that shard: a layer is whole while it computes.
 
-    A bucket is a layer; the next one is gathered meanwhile. What stands outside of the layers is
-    one more bucket, whole from the forward pass to the end of the backward pass.
+    A bucket is a layer; the next one is gathered meanwhile. What stands outside of the layers, the
+    embedding, the last norm and the head, is whole from the forward pass to its backward pass.
     """
 
     def __init__(self, model, group):
         super().__init__(model, group)
-        *layers, self.outside = self.buckets
+        count = len(model.model.layers)
+        layers, self.outside = self.buckets[:count], self.buckets[count:]
         neighbours = zip([None, *layers], layers, [*layers[1:], None], strict=False)
         for neighbour, layer in zip(neighbours, model.model.layers.values(), strict=True):
             before, bucket, after = neighbour
             bucket.before, bucket.after, bucket.in_backward = before, after, False
             layer.register_forward_pre_hook(functools.partial(self.before_forward, bucket))
             layer.register_forward_hook(functools.partial(self.after_forward, bucket))
-        model.register_forward_pre_hook(lambda *_: self.fetch(self.outside, layers[0]))
+        model.register_forward_pre_hook(lambda *_: self.fetch(*self.outside, ahead=layers[0]))
 
     def cut(self, model):
         layers = [list(layer.parameters()) for layer in model.model.layers.values()]
         inside = {parameter for layer in layers for parameter in layer}
-        return [*layers, [p for p in self.parameters if p not in inside]]
+        return layers + [[p] for p in self.parameters if p not in inside]
 
     def lay_out_shard(self, bucket, gradient_shard):
         super().lay_out_shard(bucket, gradient_shard)
@@ -120,13 +121,14 @@ class Zero3(Zero2):
         bucket.gathering = None
         self.drop(bucket)
 
-    def fetch(self, bucket, ahead):
-        """Have the weights of a bucket here, and those of another on their way."""
-        for wanted in (bucket, ahead):
-            if wanted is not None and wanted.gathering is None:
-                wanted.weights.untyped_storage().resize_(wanted.nbytes)
-                wanted.gathering = self.gather(wanted)
-        bucket.gathering.wait()
+    def fetch(self, *buckets, ahead):
+        """Have the weights of some buckets here, and those of another one on their way."""
+        for bucket in (*buckets, ahead):
+            if bucket is not None and bucket.gathering is None:
+                bucket.weights.untyped_storage().resize_(bucket.nbytes)
+                bucket.gathering = self.gather(bucket)
+        for bucket in buckets:
+            bucket.gathering.wait()
 
     def drop(self, bucket):
         """Free the memory of gathered weights; what points to it finds the next ones there."""
@@ -137,7 +139,7 @@ class Zero3(Zero2):
 
     @torch.compiler.disable
     def before_forward(self, bucket, layer, inputs):
-        self.fetch(bucket, None if bucket.in_backward else bucket.after)
+        self.fetch(bucket, ahead=None if bucket.in_backward else bucket.after)
 
     @torch.compiler.disable
     def after_forward(self, bucket, layer, inputs, output):
@@ -149,7 +151,7 @@ class Zero3(Zero2):
 
     def before_backward(self, bucket, grad):
         bucket.in_backward = True
-        self.fetch(bucket, bucket.before)
+        self.fetch(bucket, ahead=bucket.before)
 
     def reduce(self, bucket):
         bucket.in_backward = False
@@ -162,7 +164,8 @@ class Zero3(Zero2):
     def traffic(self, micro_batches):
         # Forward and backward; once for the last layer and what is outside, which stay in between.
         gathers = self.rows("all_gather", micro_batches)
-        return self.rows("reduce_scatter", micro_batches) + gathers + gathers[:-2]
+        twice = len(self.buckets) - len(self.outside) - 1
+        return self.rows("reduce_scatter", micro_batches) + gathers + gathers[:twice]
 
 
 ENGINES = {"naive": Naive, "bucket": Bucketed, "zero1": Zero1, "zero2": Zero2, "zero3": Zero3}

@@ -43,8 +43,7 @@ def plain_loop(argv):
     model = LlamaForCausalLM(config).to(device, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     cast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    for parameter in model.parameters():
-        parameter.full_shape = parameter.shape
+    model.parameter_count = sum(parameter.numel() for parameter in model.parameters())
     flops, peak = flops_per_token(model, args.seq_len), peak_flops(device)
     metrics, shape = [], (args.micro_batch_size, args.seq_len)
     for step in range(args.total_steps):

@@ -838,7 +838,8 @@ def gathers_of_a_step(argv):
     import zero
 
     state = build(argv)
-    numbers = {id(bucket): i for i, bucket in enumerate(state.engine.buckets[:-1])}
+    layers = state.engine.buckets[: len(state.model.model.layers)]
+    numbers = {id(bucket): i for i, bucket in enumerate(layers)}
     gather, fetch = zero.Zero3.gather, zero.Zero3.fetch
     found, turn = [], [None]
 
@@ -846,9 +847,9 @@ def gathers_of_a_step(argv):
         found.append((numbers.get(id(bucket), "outside"), turn[0]))
         return gather(self, bucket)
 
-    def fetched(self, bucket, ahead):
-        turn[0] = numbers.get(id(bucket))
-        fetch(self, bucket, ahead)
+    def fetched(self, *buckets, ahead):
+        turn[0] = numbers.get(id(buckets[0]))
+        fetch(self, *buckets, ahead=ahead)
 
     with patch.object(zero.Zero3, "gather", noted), patch.object(zero.Zero3, "fetch", fetched):
         train.forward_backward(state)
