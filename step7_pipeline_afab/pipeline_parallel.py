@@ -1,0 +1,176 @@
+"""Pipeline parallelism: each rank holds some of the layers, and micro-batches pass through them.
+
+A stage receives activations from the stage before, computes its layers and sends the result on;
+gradients come back the same way. All micro-batches go forward, then all backward in the same order
+(AFAB), so a stage waits p - 1 times at the start and at the end, a share (p - 1) / (m + p - 1) of
+the step with m micro-batches, and keeps the activations of all of them.
+Source: GPipe (arXiv:1811.06965), section 2.3.
+"""
+
+import collections
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import process_group as pg
+from errors import UserError
+from timeline import Timeline
+
+
+def check_pipeline_parallel(args):
+    """Raise UserError unless every stage gets a layer."""
+    if args.config.num_hidden_layers < args.pp_size:
+        raise UserError(
+            f"--pp_size {args.pp_size} with --num_hidden_layers {args.config.num_hidden_layers}: "
+            "every stage needs a layer; lower the former"
+        )
+
+
+def deal_layers(config, stages):
+    """Which layers each stage holds, a range for each, so that the largest cost is smallest.
+
+    The cost of a layer is the number of its weights; the first stage also has the embedding, the
+    last one the head.
+    """
+    layers = config.num_hidden_layers
+    kv_width = config.num_key_value_heads * config.head_dim
+    width = config.num_attention_heads * config.head_dim + kv_width
+    layer = config.hidden_size * (2 * width + 3 * config.intermediate_size)
+    table = config.hidden_size * config.vocab_size
+
+    def cost(stage, start, stop):
+        return (stop - start) * layer + table * (stage == 0) + table * (stage == stages - 1)
+
+    # best[stop]: the smallest largest cost of the stages so far, which end before layer `stop`.
+    best = {0: (0, [])}
+    for stage in range(stages):
+        reached = {}
+        for start, (largest, ends) in best.items():
+            for stop in range(start + 1, layers + 1):
+                found = max(largest, cost(stage, start, stop)), [*ends, range(start, stop)]
+                if stop not in reached or found[0] < reached[stop][0]:
+                    reached[stop] = found
+        best = reached
+    return best[layers][1]
+
+
+def apply_pipeline_parallel(model, group):
+    """Leave of a model on the meta device what this rank's stage computes.
+
+    A stage is called like the whole model; what it lacks passes on what it is given. So the first
+    one takes tokens, the others activations; the last one returns the loss, the others activations.
+    """
+    if group.size == 1:
+        return
+    mine = deal_layers(model.model.config, group.size)[group.rank]
+    for name in list(model.model.layers):
+        if int(name) not in mine:
+            del model.model.layers[name]
+    if not group.is_first:
+        model.model.embed_tokens = nn.Identity()
+    if not group.is_last:
+        model.model.norm = model.lm_head = nn.Identity()
+        model.cross_entropy = lambda activations, targets: activations
+    if model.model.config.tie_word_embeddings and (group.is_first or group.is_last):
+        # The first and the last stage hold the same weight, and will add up its gradients.
+        ends = (group.ranks[0], group.ranks[-1])
+        handle = dist.new_group(ends, use_local_synchronization=True)
+        for weight in model.parameters():
+            if weight.global_name == "model.embed_tokens.weight":
+                weight.shared = pg.Group("ends", ends, int(group.is_last), handle)
+                weight.counted &= group.is_first
+
+
+def sum_shared_gradients(parameters):
+    """Add up the gradients of a weight that two stages hold."""
+    for parameter in parameters:
+        if hasattr(parameter, "shared"):
+            pg.all_reduce(parameter.grad, parameter.shared)
+
+
+class Stage:
+    """A rank's part of the model, and its way of talking to the stages before and after."""
+
+    def __init__(self, args, model, group, engine, device):
+        self.model, self.group, self.engine, self.device = model, group, engine, device
+        parts = args.cp_size * (args.tp_size if args.sequence_parallel else 1)
+        self.shape = args.micro_batch_size, args.seq_len // parts, args.config.hidden_size
+        self.micro_batches = args.gradient_accumulation_steps
+        self.timeline = Timeline(args.timeline, device)
+        self.alive = collections.deque()  # (input, output) of what has not gone backward yet
+        self.sending = []  # handles, with the tensors that they send
+
+    def run(self, micro_batches, targets_in_all, backward):
+        """Train on micro-batches, or with backward false only look at them.
+
+        Returns the sum of their losses, each divided by targets_in_all, as a float64 scalar; zero
+        on all stages but the last.
+        """
+        self.total = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.targets_in_all, self.went_backward = targets_in_all, 0
+        schedule = all_forward_all_backward if self.group.size > 1 else one_by_one
+        schedule(self, micro_batches, self.backward if backward else self.alive.clear)
+        for handle, _ in self.sending:
+            handle.wait()
+        self.sending.clear()
+        return self.total
+
+    def forward(self, tokens, targets, positions):
+        x = tokens if self.group.is_first else self.receive(self.group.previous).requires_grad_()
+        with self.timeline.span("forward"):
+            out = self.model(x, targets, positions)
+            if self.group.is_last:
+                out = out / self.targets_in_all
+                self.total += out.detach()
+        if not self.group.is_last:
+            self.send(out.detach(), self.group.next)
+        self.alive.append((x, out))
+
+    def backward(self):
+        """Of the micro-batch that has waited longest: so gradients are added in their order."""
+        x, out = self.alive.popleft()
+        grad = None if self.group.is_last else self.receive(self.group.next)
+        self.went_backward += 1
+        self.engine.last_backward = self.went_backward == self.micro_batches
+        with self.timeline.span("backward"):
+            out.backward(grad)
+        if not self.group.is_first:
+            self.send(x.grad, self.group.previous)
+
+    def receive(self, peer):
+        x = torch.empty(self.shape, dtype=self.model.model.dtype, device=self.device)
+        with self.timeline.span("wait"):
+            for handle in pg.exchange(self.group, receive=[(x, peer)]):
+                handle.wait()
+        return x
+
+    def send(self, x, peer):
+        handles = pg.exchange(self.group, send=[(x.contiguous(), peer)])
+        self.sending += [(handle, x) for handle in handles]
+
+
+def one_by_one(stage, micro_batches, backward):
+    """Without a pipeline: each micro-batch goes backward at once."""
+    for micro_batch in micro_batches:
+        stage.forward(*micro_batch)
+        backward()
+
+
+def all_forward_all_backward(stage, micro_batches, backward):
+    """AFAB: the activations of all micro-batches are alive at once."""
+    for micro_batch in micro_batches:
+        stage.forward(*micro_batch)
+    while stage.alive:
+        backward()
+
+
+def pipeline_parallel_traffic(args, group, parameters):
+    """What this stage sends in a step: rows of (axis, collective, calls, bytes)."""
+    number = {"bfloat16": 2, "float32": 4, "float64": 8}[args.dtype]
+    parts = args.cp_size * (args.tp_size if args.sequence_parallel else 1)
+    size = args.micro_batch_size * args.seq_len // parts * args.config.hidden_size * number
+    ways = (not group.is_first) + (not group.is_last)  # gradients back, activations on
+    rows = [("pp", "send", ways * args.gradient_accumulation_steps, size)] if ways else []
+    shared = [p for p in parameters if hasattr(p, "shared")]
+    return rows + [("ends", "all_reduce", 1, parameter.nbytes) for parameter in shared]
