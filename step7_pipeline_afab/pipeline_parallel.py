@@ -72,10 +72,13 @@ def apply_pipeline_parallel(model, group):
     if not group.is_last:
         model.model.norm = model.lm_head = nn.Identity()
         model.cross_entropy = lambda activations, targets: activations
-    if model.model.config.tie_word_embeddings and (group.is_first or group.is_last):
-        # The first and the last stage hold the same weight, and will add up its gradients.
+    if model.model.config.tie_word_embeddings:
+        # The first and the last stage hold the same weight, and will add up its gradients. A stage
+        # in between makes a group too, of itself: torch names groups by how many there are.
         ends = (group.ranks[0], group.ranks[-1])
-        handle = dist.new_group(ends, use_local_synchronization=True)
+        own = group.ranks[group.rank]
+        ranks = ends if own in ends else (own,)
+        handle = dist.new_group(ranks, use_local_synchronization=True)
         for weight in model.parameters():
             if weight.global_name == "model.embed_tokens.weight":
                 weight.shared = pg.Group("ends", ends, int(group.is_last), handle)
