@@ -96,7 +96,9 @@ class Stage:
     """A rank's part of the model, and its way of talking to the stages before and after."""
 
     def __init__(self, args, model, group, engine, device):
-        self.model, self.group, self.engine, self.device = model, group, engine, device
+        self.model, self.engine, self.device, self.group = model, engine, device, group
+        self.before = None if group.is_first else group.previous
+        self.after = None if group.is_last else group.next
         parts = args.cp_size * (args.tp_size if args.sequence_parallel else 1)
         self.shape = args.micro_batch_size, args.seq_len // parts, args.config.hidden_size
         self.micro_batches = args.gradient_accumulation_steps
@@ -105,67 +107,87 @@ class Stage:
         self.sending = []  # handles, with the tensors that they send
 
     def run(self, micro_batches, targets_in_all, backward):
-        """Train on micro-batches, or with backward false only look at them.
+        """Train on a step's micro-batches, or with backward false only look at some.
 
         Returns the sum of their losses, each divided by targets_in_all, as a float64 scalar; zero
         on all stages but the last.
         """
         self.total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.targets_in_all, self.went_backward = targets_in_all, 0
-        schedule = all_forward_all_backward if self.group.size > 1 else one_by_one
-        schedule(self, micro_batches, self.backward if backward else self.alive.clear)
+        if not backward:
+            all_forward(self, micro_batches)
+            self.alive.clear()
+        elif self.group.size == 1:
+            one_by_one(self, micro_batches)
+        else:
+            all_forward_all_backward(self, micro_batches)
         for handle, _ in self.sending:
             handle.wait()
         self.sending.clear()
         return self.total
 
-    def forward(self, tokens, targets, positions):
-        x = tokens if self.group.is_first else self.receive(self.group.previous).requires_grad_()
+    def forward(self, x, micro_batch):
+        """Activations [batch, seq / cp, hidden] to the next ones; tokens if first, loss if last."""
+        tokens, targets, positions = micro_batch
+        x = tokens if x is None else x.requires_grad_()
         with self.timeline.span("forward"):
             out = self.model(x, targets, positions)
             if self.group.is_last:
                 out = out / self.targets_in_all
                 self.total += out.detach()
-        if not self.group.is_last:
-            self.send(out.detach(), self.group.next)
         self.alive.append((x, out))
+        return out.detach()
 
-    def backward(self):
-        """Of the micro-batch that has waited longest: so gradients are added in their order."""
+    def backward(self, grad):
+        """The gradient of the input from that of the output, of the oldest micro-batch alive.
+
+        Gradients of weights are thus added in the order of a run without a pipeline.
+        """
         x, out = self.alive.popleft()
-        grad = None if self.group.is_last else self.receive(self.group.next)
         self.went_backward += 1
         self.engine.last_backward = self.went_backward == self.micro_batches
         with self.timeline.span("backward"):
             out.backward(grad)
-        if not self.group.is_first:
-            self.send(x.grad, self.group.previous)
+        return x.grad
 
-    def receive(self, peer):
-        x = torch.empty(self.shape, dtype=self.model.model.dtype, device=self.device)
+    def talk(self, peer, send=None, receive=False):
+        """Send to a neighbour, receive from it, or both at once; beyond the ends there is none.
+
+        What is received is waited for, a send alone is not.
+        """
+        if peer is None:
+            return None
+        arriving = torch.empty(self.shape, dtype=self.model.model.dtype, device=self.device)
+        sends = [] if send is None else [(send.contiguous(), peer)]
         with self.timeline.span("wait"):
-            for handle in pg.exchange(self.group, receive=[(x, peer)]):
+            handles = pg.exchange(self.group, sends, [(arriving, peer)] if receive else [])
+            if not receive:
+                self.sending += [(handle, sends) for handle in handles]
+                return None
+            for handle in handles:
                 handle.wait()
-        return x
-
-    def send(self, x, peer):
-        handles = pg.exchange(self.group, send=[(x.contiguous(), peer)])
-        self.sending += [(handle, x) for handle in handles]
+        return arriving
 
 
-def one_by_one(stage, micro_batches, backward):
-    """Without a pipeline: each micro-batch goes backward at once."""
+def one_by_one(stage, micro_batches):
+    """Without a pipeline each micro-batch goes backward at once."""
     for micro_batch in micro_batches:
-        stage.forward(*micro_batch)
-        backward()
+        stage.forward(None, micro_batch)
+        stage.backward(None)
 
 
-def all_forward_all_backward(stage, micro_batches, backward):
+def all_forward(stage, micro_batches):
+    for micro_batch in micro_batches:
+        x = stage.talk(stage.before, receive=True)
+        stage.talk(stage.after, send=stage.forward(x, micro_batch))
+
+
+def all_forward_all_backward(stage, micro_batches):
     """AFAB: the activations of all micro-batches are alive at once."""
-    for micro_batch in micro_batches:
-        stage.forward(*micro_batch)
+    all_forward(stage, micro_batches)
     while stage.alive:
-        backward()
+        grad = stage.talk(stage.after, receive=True)
+        stage.talk(stage.before, send=stage.backward(grad))
 
 
 def pipeline_parallel_traffic(args, group, parameters):

@@ -26,6 +26,10 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the other tests are about the CPU
     config.addinivalue_line(
         "markers",
+        "sampled: of the chosen steps the first and the last; for those between it is slow",
+    )
+    config.addinivalue_line(
+        "markers",
         "steps(first, last): the steps that a test runs on; with --step-dir any from the first on, "
         "or with only=True none after the last either",
     )
@@ -44,7 +48,13 @@ def pytest_generate_tests(metafunc):
     else:
         paths = sorted(ROOT.glob("step[0-9]_*"))
         chosen = [path for path in paths if first <= step_number(path) <= last]
-    metafunc.parametrize("step_dir", chosen, ids=lambda path: path.name, scope="session")
+    if metafunc.definition.get_closest_marker("sampled"):
+        between = chosen[1:-1]
+        slow = [pytest.param(path, marks=pytest.mark.slow, id=path.name) for path in between]
+        chosen[1:-1] = slow
+    metafunc.parametrize(
+        "step_dir", chosen, ids=lambda path: getattr(path, "name", None), scope="session"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
