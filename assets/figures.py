@@ -399,6 +399,44 @@ def backward_overlap():
     return figure
 
 
+def afab_grid():
+    """Layers dealt to four stages, and an AFAB step of eight micro-batches as a grid."""
+    figure, axes = canvas(12, 3.9, 61, 20)
+    stages, count, wide, left, top, high = 4, 8, 1.39, 14.6, 14.4, 3.5
+    parts = ["embedding\nlayers 0, 1", "layers 2, 3", "layers 4, 5", "layers 6, 7\nhead, loss"]
+    turn = count + stages - 1  # forward takes one cell, backward two
+
+    def cell(stage, place, width, colour, micro):
+        corner = (left + place * wide, top - stage * high)
+        axes.add_patch(Rectangle(corner, width * wide, 2.6, fc=colour, ec="white", lw=0.8))
+        where = (corner[0] + width * wide / 2, corner[1] + 1.3)
+        axes.annotate(micro, where, ha="center", va="center", fontsize=7.5, color="white")
+
+    for stage, part in enumerate(parts):
+        y = top - stage * high
+        axes.text(0.2, y + 1.3, f"stage {stage}", va="center", fontsize=8.5)
+        box(axes, 4.6, y, 7.4, 2.6, part, "white", 7.5)
+        if stage + 1 < stages:
+            arrow(axes, (7.8, y), (7.8, y - 0.9), COLOURS[0])
+            arrow(axes, (8.8, y - 0.9), (8.8, y), COLOURS[1])
+        for place in range(3 * turn):
+            cell(stage, place, 1, "#e8e8e8", "")
+        for micro in range(count):
+            cell(stage, stage + micro, 1, COLOURS[0], micro)
+            cell(stage, turn + 2 * (stages - 1 - stage + micro), 2, COLOURS[1], micro)
+    end = left + turn * wide
+    text = f"all forward: m + p - 1 = {turn} cells"
+    axes.text((left + end) / 2, 17.7, text, ha="center", fontsize=8, color=COLOURS[0])
+    text = f"all backward: the same, {turn} cells of twice the width"
+    axes.text(end + turn * wide, 17.7, text, ha="center", fontsize=8, color=COLOURS[1])
+    axes.plot([end, end], [3.4, 18.6], color=EDGE, lw=0.8, ls=":")
+    text = "grey: idle, in every row (p - 1) / (m + p - 1) = 3/11 of the time"
+    axes.text(left, 2.2, text, va="center", fontsize=8)
+    arrow(axes, (left + 38.5, 2.2), (left + 45.8, 2.2))
+    axes.text(left + 38, 2.2, "time", ha="right", va="center", fontsize=8)
+    return figure
+
+
 def draw_all(folder):
     """Write every figure into a folder; the paths."""
     paths = []
@@ -411,6 +449,7 @@ def draw_all(folder):
         ring,
         engines,
         backward_overlap,
+        afab_grid,
     ):
         figure = draw()
         paths.append(Path(folder) / f"{draw.__name__}.png")

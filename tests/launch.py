@@ -43,7 +43,7 @@ def ranks_of(argv):
 def on_two(step_dir):
     """Flags that make two ranks of a step: replicas at first, then its newest axis."""
     step = int(re.match(r"step(\d+)", Path(step_dir).name)[1])
-    axes = {4: "tp", 5: "cp", 6: "dp"}
+    axes = {4: "tp", 5: "cp", 6: "dp", 7: "pp"}
     return f" --{axes[min(step, max(axes))]}_size 2" if step in range(4, 10) else ""
 
 

@@ -1,15 +1,18 @@
 """Which layouts the tests train, and with which options.
 
-Every factorisation tp x cp x dp of 1, 2, 3, 4, 6 and 8 ranks is a row, once. The options of a row
-are chosen greedily, so that all rows together hold every pair of values of two different columns:
-tp split or not, cp split or not, dp split or not, engine, sequence parallelism, layers plain,
-recomputed or compiled, embeddings tied or not. Rows are added for pairs that are left; a test
-demands that none is.
+Every factorisation tp x cp x dp of 1, 2, 3, 4, 6 and 8 ranks is a row, once; where layers can be
+split, every tp x cp x dp x pp of 2, 4 and 8 in which they are. The options of a row are chosen
+greedily, so that all rows together hold every pair of values of two different columns: tp split or
+not, cp split or not, dp split or not, engine, sequence parallelism, layers plain, recomputed or
+compiled, embeddings tied or not, and in a pipeline the number of micro-batches. Rows are added for
+pairs that are left.
 """
 
 import itertools
+import math
 from collections import Counter
 
+AXES = ("tp", "cp", "dp", "pp")
 SIZES = (1, 2, 3, 4, 6, 8)
 ENGINES = ("naive", "bucket", "zero1", "zero2", "zero3")
 LAYERS = ("", "--activation_checkpointing", "--compile aot_eager")
@@ -17,7 +20,7 @@ SEQUENCES = 24  # a global batch that all dp sizes divide, with two micro-batche
 
 # Different sequences in every row; a vocabulary that no tp size divides.
 COMMON = (
-    "--dtype float64 --num_hidden_layers 2 --learning_rate 3e-3 --warmup_steps 2 "
+    "--dtype float64 --learning_rate 3e-3 --warmup_steps 2 "
     "--dataset_name random --vocab_size 257 --intermediate_size 96 "
 )
 # 16 heads and 8 kv heads for powers of two; 24 and 12 where a size is a multiple of 3.
@@ -28,31 +31,34 @@ SHAPES = {
 
 
 def factorisations(size, axes):
-    """All (tp, cp, dp) with that product, in which only `axes` are split."""
+    """All (tp, cp, dp, pp) with that product, in which only `axes` are split, and pp if it can."""
     return [
-        (tp, cp, dp)
-        for tp, cp, dp in itertools.product(range(1, size + 1), repeat=3)
-        if tp * cp * dp == size
-        and all(n == 1 or axis in axes for axis, n in (("tp", tp), ("cp", cp), ("dp", dp)))
+        sizes
+        for sizes in itertools.product(range(1, size + 1), repeat=4)
+        if math.prod(sizes) == size
+        and all(n == 1 or axis in axes for axis, n in zip(AXES, sizes, strict=True))
+        and ("pp" not in axes or (sizes[3] > 1 and size in (2, 4, 8)))
     ]
 
 
 def choices(layout, axes):
-    """All rows of a layout: (tp, cp, dp, engine, sequence parallelism, layers, tied).
+    """All rows of a layout: its sizes, then the options.
 
-    None stands for an option that does nothing in this layout.
+    These are engine, sequence parallelism, layers, tied, micro-batches ("all": of one sequence
+    each, more than stages). None stands for an option that does nothing in this layout.
     """
-    tp, cp, dp = layout
+    tp, cp, dp, pp = layout
     engines = ENGINES if cp * dp > 1 and "dp" in axes else (None,)
+    micro_batches = (1, 2, "all") if pp > 1 else (None,)
     return itertools.product(
         *([size] for size in layout), engines, (False, True) if tp > 1 else (None,), LAYERS,
-        (False, True),
+        (False, True), micro_batches,
     )  # fmt: skip
 
 
 def pairs(row):
     """The pairs of values that a row covers; of an axis it counts whether it is split."""
-    values = [size > 1 for size in row[:3]] + list(row[3:])
+    values = [size > 1 for size in row[:4]] + list(row[4:])
     given = [(column, value) for column, value in enumerate(values) if value is not None]
     return set(itertools.combinations(given, 2))
 
@@ -67,7 +73,7 @@ def covering(axes):
     def take(candidates):
         # The most new pairs; of equals the pairs that were rarest so far, then the smallest world.
         def value(row):
-            size = row[0] * row[1] * row[2]
+            size = math.prod(row[:4])
             return sum(not seen[p] for p in pairs(row)), -sum(seen[p] for p in pairs(row)), -size
 
         rows.append(max(candidates, key=value))
@@ -82,17 +88,18 @@ def covering(axes):
 
 def flags_of(row):
     """Two command lines: of a row, and of the same training in one process and one micro-batch."""
-    tp, cp, dp, engine, sequence_parallel, layers, tied = row
+    tp, cp, dp, pp, engine, sequence_parallel, layers, tied, micro_batches = row
     same = COMMON + SHAPES[tp * cp * dp % 3 == 0]
+    same += f"--num_hidden_layers {8 if pp > 1 else 2} "
     same += "--tie_word_embeddings yes " if tied else ""
-    micro_batches = 2 if SEQUENCES // dp % 2 == 0 else 3
+    if micro_batches is None:
+        micro_batches = 2 if SEQUENCES // dp % 2 == 0 else 3
+    elif micro_batches == "all" or SEQUENCES // dp % micro_batches:
+        micro_batches = SEQUENCES // dp
     own = f"--micro_batch_size {SEQUENCES // dp // micro_batches} "
     own += f"--gradient_accumulation_steps {micro_batches} {layers} "
-    own += "".join(
-        f"--{axis}_size {size} "
-        for axis, size in zip(("tp", "cp", "dp"), row[:3], strict=True)
-        if size > 1
-    )
+    sizes = zip(AXES, row[:4], strict=True)
+    own += "".join(f"--{axis}_size {size} " for axis, size in sizes if size > 1)
     own += f"--dp_engine {engine} " if engine else ""
     own += "--sequence_parallel " if sequence_parallel else ""
     return same + own, same + f"--micro_batch_size {SEQUENCES}"

@@ -36,6 +36,12 @@ CASES = {
         "--cp_size 2 --dp_size 2 --dp_engine zero3",
         "--tp_size 2 --dp_size 2 --dp_engine zero2 --sequence_parallel",
     ],
+    7: [
+        "--pp_size 2",
+        "--pp_size 3 --tie_word_embeddings yes --dtype bfloat16",
+        "--pp_size 2 --tp_size 2 --sequence_parallel",
+        "--pp_size 2 --dp_size 2 --dp_engine zero3",
+    ],
 }
 
 
@@ -64,6 +70,11 @@ def test_context_parallel_traffic(step_dir, worlds, subtests):
 @pytest.mark.steps(6, 6)
 def test_data_parallel_traffic(step_dir, worlds, subtests):
     check(step_dir, worlds, subtests, CASES[6])
+
+
+@pytest.mark.steps(7)
+def test_pipeline_traffic(step_dir, worlds, subtests):
+    check(step_dir, worlds, subtests, CASES[7])
 
 
 # The rows above compare the code with formulas that stand beside it; these stand here.

@@ -1,5 +1,6 @@
 """Functions that the tests run inside a `World`: there, `import train` is the step's own code."""
 
+import json  # noqa: F401  for the tests
 from unittest.mock import patch
 
 import numpy as np
@@ -876,3 +877,107 @@ def owned_bytes(argv):
         "gradients": storages(gradients),
         "moments": sum(moment.nbytes for moment in moments if moment.dim()),
     }
+
+
+# --- pipelines ------------------------------------------------------------------------------------
+
+
+def dealt_layers(argv, stages):
+    """What deal_layers says, and {layers a stage: largest cost} of every way to cut."""
+    import itertools
+
+    import train
+    from pipeline_parallel import deal_layers
+
+    config = train.parse_args(argv.split()).config
+    dealt = [list(part) for part in deal_layers(config, stages)]
+    layer = 2 * 128 * 128 + 2 * 64 * 128 + 3 * 384 * 128
+    largest = {}
+    for cuts in itertools.combinations(range(1, config.num_hidden_layers), stages - 1):
+        bounds = zip((0, *cuts), (*cuts, config.num_hidden_layers), strict=True)
+        parts = [stop - start for start, stop in bounds]
+        costs = [part * layer for part in parts]
+        costs[0] += 128 * config.vocab_size
+        costs[-1] += 128 * config.vocab_size
+        largest[tuple(parts)] = max(costs)
+    return dealt, largest
+
+
+def schedule_of(argv):
+    """(passes of a step in order, most micro-batches alive, exchanges that send and receive)."""
+    import process_group as pg
+    import train
+
+    state = build(argv)
+    stage, events, alive, together = state.stage, [], [0], [0]
+    forward, backward, exchange = stage.forward, stage.backward, pg.exchange
+
+    def went(name, real):
+        def call(*args):
+            events.append(name)
+            alive[0] = max(alive[0], len(stage.alive) + (name == "f"))
+            return real(*args)
+
+        return call
+
+    def exchanged(group, send=(), receive=()):
+        together[0] += bool(send and receive)
+        return exchange(group, send, receive)
+
+    with patch.object(pg, "exchange", exchanged):
+        with patch.multiple(stage, forward=went("f", forward), backward=went("b", backward)):
+            train.forward_backward(state)
+    return events, alive[0], together[0]
+
+
+class Sleep(torch.autograd.Function):
+    """Sleeps forward, and twice as long backward."""
+
+    @staticmethod
+    def forward(ctx, x, seconds):
+        import time
+
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        import time
+
+        time.sleep(2 * ctx.seconds)
+        return grad, None
+
+
+def bubble(argv, seconds):
+    """The share of a step in which this stage is idle, if layers take a time that is known."""
+    import time
+
+    import process_group as pg
+
+    state = build(argv)
+    stage = state.stage
+    weight = torch.ones((), requires_grad=True)
+
+    def sleepy(x, targets, positions):
+        x = torch.zeros(stage.shape) if stage.group.is_first else x
+        out = Sleep.apply(x * weight, seconds)
+        return out.sum() if stage.group.is_last else out
+
+    stage.model.forward = sleepy
+    for _ in range(2):  # the first to warm up
+        pg.dist.barrier()
+        begun = time.perf_counter()
+        stage.run(list(state.data.micro_batches(0)), 1, True)
+        pg.dist.barrier()
+        total = time.perf_counter() - begun
+    return 1 - stage.micro_batches * 3 * seconds / total
+
+
+def timeline_of(argv, steps):
+    import train
+
+    state = build(argv)
+    for _ in range(steps):
+        train.train_step(state)
+    state.stage.timeline.write(state.mesh.world)

@@ -1,0 +1,111 @@
+"""What pipelines promise beyond equal numbers."""
+
+import pytest
+import workers
+from conftest import step_number
+
+pytestmark = pytest.mark.steps(7)
+SMALL = "--num_hidden_layers 4 --seq_len 16 --micro_batch_size 2 --dataset_name random "
+
+
+def engines(step_dir):
+    """Flags of the schedules that a step has."""
+    return [""] if step_number(step_dir) == 7 else ["--pp_engine afab", "--pp_engine 1f1b"]
+
+
+@pytest.mark.parametrize("stages, micro_batches", [(2, 4), (4, 3), (3, 1)])
+def test_a_pipeline_is_bitwise_the_run_without_one(
+    step_dir, train_on, stages, micro_batches, subtests
+):
+    argv = SMALL + f"--gradient_accumulation_steps {micro_batches} --learning_rate 3e-3 "
+    for engine in engines(step_dir):
+        with subtests.test(engine):
+            run = train_on(step_dir, stages, argv + f"--pp_size {stages} {engine}", 3)
+            run.assert_same_as(train_on(step_dir, 1, argv, 3), tolerance=0)
+
+
+@pytest.mark.parametrize(
+    "layers, stages, vocab, expected",
+    [
+        (8, 2, 256, [4, 4]),
+        (7, 3, 256, [2, 3, 2]),
+        (4, 4, 256, [1, 1, 1, 1]),
+        (9, 3, 3000, [2, 5, 2]),  # a table of 3000 x 128 is nearly two layers
+        (3, 3, 100_000, [1, 1, 1]),
+    ],
+)
+def test_layers_are_dealt_out_by_cost(step_dir, worlds, layers, stages, vocab, expected):
+    argv = f"--num_hidden_layers {layers} --vocab_size {vocab} --dataset_name random"
+    ((dealt, largest),) = worlds(step_dir, 1).run(workers.dealt_layers, argv, stages)
+    assert [len(part) for part in dealt] == expected
+    assert sum(dealt, []) == list(range(layers))
+    # No other way to cut has a smaller largest cost.
+    assert largest[tuple(expected)] == min(largest.values())
+
+
+def order(stages, rank, count, engine):
+    """Forward and backward passes of a stage, by the definition of its schedule."""
+    ahead = count if engine.endswith("afab") or not engine else min(stages - 1 - rank, count)
+    events = ["f"] * ahead
+    events += ["f", "b"] * (count - ahead)
+    return events + ["b"] * (count - events.count("b"))
+
+
+@pytest.mark.parametrize("stages, count", [(2, 1), (2, 4), (3, 2), (4, 6)])
+def test_schedules_and_what_they_keep_alive(step_dir, worlds, stages, count, subtests):
+    for engine in engines(step_dir):
+        with subtests.test(engine):
+            argv = SMALL + f"--pp_size {stages} --gradient_accumulation_steps {count} {engine}"
+            results = worlds(step_dir, stages).run(workers.schedule_of, argv)
+            for rank, (events, alive, together) in enumerate(results):
+                assert events == order(stages, rank, count, engine)
+                one_f_one_b = engine.endswith("1f1b")
+                assert alive == (min(stages - rank, count) if one_f_one_b else count)
+                if one_f_one_b:  # each steady pass but the last waits for one in return
+                    steady = count - min(stages - 1 - rank, count)
+                    ways = (rank < stages - 1) * steady + (rank > 0) * max(0, steady - 1)
+                    assert together == ways
+
+
+@pytest.mark.parametrize(
+    "stages, count", [(2, 4), pytest.param(4, 4, marks=pytest.mark.slow), (4, 16)]
+)
+def test_the_bubble_is_the_formulas(step_dir, worlds, stages, count, subtests):
+    """With stages that sleep, as two cores can't compute on four of them at once."""
+    for engine in engines(step_dir):
+        with subtests.test(engine):
+            argv = SMALL + f"--pp_size {stages} --gradient_accumulation_steps {count} {engine}"
+            share = max(worlds(step_dir, stages).run(workers.bubble, argv, 0.02))
+            expected = (stages - 1) / (count + stages - 1)
+            assert share == pytest.approx(expected, rel=0.1)
+
+
+def test_a_timeline_is_a_trace(step_dir, worlds, tmp_path):
+    path = tmp_path / "timeline.json"
+    argv = SMALL + f"--pp_size 2 --gradient_accumulation_steps 3 --timeline {path}"
+    worlds(step_dir, 2).run(workers.timeline_of, argv, 2)
+    events = workers.json.loads(path.read_text())["traceEvents"]
+    for rank in (0, 1):
+        mine = [event for event in events if event["tid"] == rank]
+        names = [event["name"] for event in mine]
+        assert names.count("forward") == names.count("backward") == 6
+        assert "wait" in names
+        ends = [event["ts"] + event["dur"] for event in mine]
+        for end, later in zip(ends, mine[1:], strict=False):
+            assert later["ts"] >= end  # one thing at a time
+
+
+def test_fewer_layers_than_stages(step_dir, worlds):
+    (said,) = worlds(step_dir, 1).run(workers.refusal, "--pp_size 4 --num_hidden_layers 3", 4)
+    assert "--pp_size 4" in said and "--num_hidden_layers 3" in said
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero3"])
+def test_the_held_out_loss_of_a_pipeline(step_dir, worlds, engine):
+    argv = "--dtype float64 --num_hidden_layers 2 --seq_len 16 --dataset_name random "
+    (alone,) = worlds(step_dir, 1).run(workers.trained_and_evaluated, argv + "--micro_batch_size 8")
+    argv += "--micro_batch_size 2 --gradient_accumulation_steps 2 --dp_size 2 --pp_size 2 "
+    for losses in worlds(step_dir, 4).run(
+        workers.trained_and_evaluated, argv + f"--dp_engine {engine}"
+    ):
+        assert losses == pytest.approx(alone, rel=1e-12)
