@@ -437,6 +437,84 @@ def afab_grid():
     return figure
 
 
+def passes(ahead, count):
+    """When each pass of a pipeline's step starts if it waits for nothing but what it needs.
+
+    ahead: how often each stage goes forward before it alternates; count: micro-batches. A forward
+    pass takes 1, a backward pass 2. Returns a list of (kind, micro-batch, start) for each stage.
+    """
+    last, orders, rows = len(ahead) - 1, [], [[] for _ in ahead]
+    ended = {("forward", -1, micro): 0 for micro in range(count)}  # all data is there
+    for first in (min(n, count) for n in ahead):
+        steady = [("forward", first + i) for i in range(count - first)]
+        back = [("backward", i) for i in range(count)]
+        alternating = [one for pair in zip(steady, back, strict=False) for one in pair]
+        orders.append([("forward", i) for i in range(first)] + alternating + back[count - first :])
+    free = [0] * len(ahead)
+    while any(orders):
+        for stage, order in enumerate(orders):
+            while order:
+                kind, micro = order[0]
+                if kind == "forward":
+                    needed = (kind, stage - 1, micro)
+                else:  # the last stage turns round
+                    needed = (kind, stage + 1, micro) if stage < last else ("forward", last, micro)
+                if needed not in ended:
+                    break
+                start = max(free[stage], ended[needed])
+                free[stage] = start + (1 if kind == "forward" else 2)
+                ended[kind, stage, micro] = free[stage]
+                rows[stage].append((*order.pop(0), start))
+    return rows
+
+
+def schedules():
+    """AFAB and 1F1B on four stages with eight micro-batches, and how many are alive at most."""
+    figure, axes = canvas(12, 5.6, 61, 29)
+    stages, count, wide, left, high = 4, 8, 1.39, 5.2, 2.75
+    colours = {"forward": COLOURS[0], "backward": COLOURS[1]}
+    panels = [
+        ("afab: all forward, all backward", 26.2, [count] * stages),
+        ("1f1b: one forward, one backward", 12.2, [stages - 1 - stage for stage in range(stages)]),
+    ]
+    for title, top, ahead in panels:
+        axes.text(0.2, top + 1.0, title, fontsize=9.5, weight="bold")
+        axes.text(left + 33 * wide + 0.6, top + 1.0, "alive at most", fontsize=8.5)
+        rows = passes(ahead, count)
+        whole = max(start + 2 for row in rows for *_, start in row)
+        for stage, row in enumerate(rows):
+            y = top - (stage + 1) * high + 0.5
+            axes.text(0.2, y + 1, f"stage {stage}", va="center", fontsize=8.5)
+            for place in range(whole):
+                grey = {"fc": "#e8e8e8", "ec": "white", "lw": 0.8}
+                axes.add_patch(Rectangle((left + place * wide, y), wide, 2, **grey))
+            alive, most = 0, 0
+            for place, (kind, micro, start) in enumerate(row):
+                steady = ahead[stage] <= place < 2 * count - ahead[stage]
+                size = wide if kind == "forward" else 2 * wide
+                style = {"fc": colours[kind], "ec": "white", "lw": 0.8}
+                style["alpha"] = 1 if steady or ahead[stage] == count else 0.6
+                axes.add_patch(Rectangle((left + start * wide, y), size, 2, **style))
+                where = (left + start * wide + size / 2, y + 1)
+                axes.annotate(
+                    micro, where, ha="center", va="center", fontsize=7.5, color="white",
+                    weight="bold",
+                )  # fmt: skip
+                alive += 1 if kind == "forward" else -1
+                most = max(most, alive)
+            for one in range(most):
+                corner = (left + whole * wide + 0.6 + one * 1.02, y + 0.4)
+                axes.add_patch(Rectangle(corner, 0.85, 1.2, fc=COLOURS[2], alpha=0.85))
+            end = left + whole * wide + 0.7 + most * 1.02
+            axes.text(end, y + 1, str(most), va="center", fontsize=8.5)
+    text = (
+        "blue: forward, one cell; red: backward, two; grey: idle, 3 (p - 1) = 9 of 33 cells in "
+        "every row; pale: warm-up and cool-down"
+    )
+    axes.text(0.2, 0.3, text, fontsize=8)
+    return figure
+
+
 def draw_all(folder):
     """Write every figure into a folder; the paths."""
     paths = []
@@ -450,6 +528,7 @@ def draw_all(folder):
         engines,
         backward_overlap,
         afab_grid,
+        schedules,
     ):
         figure = draw()
         paths.append(Path(folder) / f"{draw.__name__}.png")

@@ -204,7 +204,7 @@ def train_step(state):
 def predicted_traffic(state):
     """What the formulas of all lessons say of a step: rows of (axis, collective, calls, bytes)."""
     report = report_traffic(state.mesh, state.mesh.group("tp"), len(state.model.parameter_names))
-    return report + tensor_parallel_traffic(state.args)
+    return report + tensor_parallel_traffic(state.args, state.model)
 
 
 def main(args):

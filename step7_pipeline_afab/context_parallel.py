@@ -141,7 +141,7 @@ def apply_context_parallel(model, group):
             layer.self_attn.attention = attention
 
 
-def context_parallel_traffic(args):
+def context_parallel_traffic(args, model):
     """What the group sends in a step, by the formula: rows of (axis, collective, calls, bytes)."""
     cp, config = args.cp_size, args.config
     if cp == 1:
@@ -150,7 +150,7 @@ def context_parallel_traffic(args):
     number = 2 if args.dtype == "bfloat16" else weight
     tokens = args.micro_batch_size * args.seq_len // cp
     block = 2 * tokens * config.num_key_value_heads // args.tp_size * config.head_dim
-    rings = args.gradient_accumulation_steps * config.num_hidden_layers
+    rings = args.gradient_accumulation_steps * len(model.model.layers)
     forwards = 3 if args.activation_checkpointing else 2  # backward goes round too
     return [
         ("cp", "send", rings * forwards * (cp - 1), block * number),

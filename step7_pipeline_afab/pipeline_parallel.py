@@ -115,8 +115,9 @@ class Stage:
         self.total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.targets_in_all, self.went_backward = targets_in_all, 0
         if not backward:
-            all_forward(self, micro_batches)
-            self.alive.clear()
+            for micro_batch in micro_batches:
+                all_forward(self, [micro_batch])
+                self.alive.clear()  # at once: nothing will go backward
         elif self.group.size == 1:
             one_by_one(self, micro_batches)
         else:
@@ -157,14 +158,13 @@ class Stage:
         """
         if peer is None:
             return None
-        arriving = torch.empty(self.shape, dtype=self.model.model.dtype, device=self.device)
         sends = [] if send is None else [(send.contiguous(), peer)]
+        if not receive:
+            self.sending += [(handle, sends) for handle in pg.exchange(self.group, sends)]
+            return None
+        arriving = torch.empty(self.shape, dtype=self.model.model.dtype, device=self.device)
         with self.timeline.span("wait"):
-            handles = pg.exchange(self.group, sends, [(arriving, peer)] if receive else [])
-            if not receive:
-                self.sending += [(handle, sends) for handle in handles]
-                return None
-            for handle in handles:
+            for handle in pg.exchange(self.group, sends, [(arriving, peer)]):
                 handle.wait()
         return arriving
 

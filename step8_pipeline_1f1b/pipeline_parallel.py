@@ -121,8 +121,9 @@ class Stage:
         if backward:
             SCHEDULES[self.schedule](self, micro_batches)
         else:
-            all_forward(self, micro_batches)
-            self.alive.clear()
+            for micro_batch in micro_batches:
+                all_forward(self, [micro_batch])
+                self.alive.clear()  # at once: nothing will go backward
         for handle, _ in self.sending:
             handle.wait()
         self.sending.clear()
@@ -159,14 +160,13 @@ class Stage:
         """
         if peer is None:
             return None
-        arriving = torch.empty(self.shape, dtype=self.model.model.dtype, device=self.device)
         sends = [] if send is None else [(send.contiguous(), peer)]
+        if not receive:
+            self.sending += [(handle, sends) for handle in pg.exchange(self.group, sends)]
+            return None
+        arriving = torch.empty(self.shape, dtype=self.model.model.dtype, device=self.device)
         with self.timeline.span("wait"):
-            handles = pg.exchange(self.group, sends, [(arriving, peer)] if receive else [])
-            if not receive:
-                self.sending += [(handle, sends) for handle in handles]
-                return None
-            for handle in handles:
+            for handle in pg.exchange(self.group, sends, [(arriving, peer)]):
                 handle.wait()
         return arriving
 

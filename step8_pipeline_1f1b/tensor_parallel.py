@@ -24,8 +24,7 @@ def check_tensor_parallel(args):
     """Raise UserError unless the ranks of a tensor-parallel group can share the model evenly."""
     tp, config = args.tp_size, args.config
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if getattr(config, name) % tp:
-            size = getattr(config, name)
+        if (size := getattr(config, name)) % tp:
             raise UserError(f"--tp_size {tp} with --{name} {size}: choose a divisor of it")
     if config.vocab_size < tp:
         raise UserError(f"--tp_size {tp} with --vocab_size {config.vocab_size}: lower the former")
@@ -144,8 +143,8 @@ def project(x, *linears):
 
     Their gradients for x are added on each rank first: one all-reduce for all of them.
     """
-    weights = [linear.weight for linear in linears]
-    return ColumnParallel.apply(x, linears[0].group, linears[0].sequence_parallel, *weights)
+    group, sequence_parallel = linears[0].group, linears[0].sequence_parallel
+    return ColumnParallel.apply(x, group, sequence_parallel, *(lin.weight for lin in linears))
 
 
 @torch.compiler.disable
@@ -270,31 +269,32 @@ def apply_tensor_parallel(model, group, sequence_parallel=False):
         weight.counted = group.is_first or weight.shape != weight.full_shape
 
 
-def tensor_parallel_traffic(args):
-    """What the group sends in a step, by the formula: rows of (axis, collective, calls, bytes)."""
+def tensor_parallel_traffic(args, model):
+    """What the group sends in a step: rows of (axis, collective, calls, bytes)."""
     if args.tp_size == 1:
         return []
-    steps, layers = args.gradient_accumulation_steps, args.config.num_hidden_layers
+    steps, layers = args.gradient_accumulation_steps, len(model.model.layers)
+    embedding, head = (hasattr(x, "weight") for x in (model.model.embed_tokens, model.lm_head))
     tokens = args.micro_batch_size * args.seq_len // args.cp_size
     weight = 8 if args.dtype == "float64" else 4  # bytes of one, and of what accumulates
     number = 2 if args.dtype == "bfloat16" else weight
     whole, table = (tokens * args.config.hidden_size * size for size in (number, weight))
 
-    # Forward o and down, backward qkv, gate-up and the head; o once more if a layer is recomputed,
-    # which ends before down's. And the rows of the embedding.
-    sums = (4 + args.activation_checkpointing) * layers + 1
-    loss = ("tp", "all_gather", steps, 2 * tokens * weight * args.tp_size)
+    # Forward o, down (and the embedding), backward qkv, gate-up and the head; o once more if a
+    # layer is recomputed, which ends before down's.
+    sums = (4 + args.activation_checkpointing) * layers + head
+    loss = ("tp", "all_gather", steps * head, 2 * tokens * weight * args.tp_size)
     if not args.sequence_parallel:
         row = ("tp", "all_reduce")
-        return [(*row, steps * sums, whole), (*row, steps, table), loss]
-    # A gather before qkv, gate-up and the head, again for their weights' gradients, and for the
-    # gradients of o and down; the first kind twice if a layer is recomputed.
-    gathers = (6 + 2 * args.activation_checkpointing) * layers + 2
+        return [(*row, steps * sums, whole), (*row, steps * embedding, table), loss]
+    # Before qkv, gate-up and the head (twice if recomputed), again for their weights' gradients,
+    # and for the gradients of o and down.
+    gathers = (6 + 2 * args.activation_checkpointing) * layers + 2 * head
     return [
         ("tp", "reduce_scatter", steps * sums, whole),
         ("tp", "all_gather", steps * gathers, whole),
-        ("tp", "reduce_scatter", steps, table),
-        ("tp", "all_gather", steps, table),
-        ("tp", "all_reduce", steps * (2 * layers + 1), args.config.hidden_size * weight),
+        ("tp", "reduce_scatter", steps * embedding, table),
+        ("tp", "all_gather", steps * embedding, table),
+        ("tp", "all_reduce", steps * (2 * layers + head), args.config.hidden_size * weight),
         loss,
     ]

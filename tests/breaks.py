@@ -217,24 +217,12 @@ def gradients_never_sent_home(train):
 
     exchange = pg.exchange
 
-    def stay(group, send, receive):
-        if send[0][0].dim() == 5 and receive[0][0].data_ptr() in stay.gradients:
-            receive[0][0].copy_(send[0][0])
-            return []
-        return exchange(group, send, receive)
+    def stay(group, send=(), receive=()):
+        if sys._getframe(1).f_code.co_name != "backward":  # keys and values travel as they should
+            return exchange(group, send, receive)
+        receive[0][0].copy_(send[0][0])
+        return []
 
-    stay.gradients = set()
-    import torch
-
-    empty_like = torch.empty_like
-
-    def remember(x):
-        made = empty_like(x)
-        if sys._getframe(1).f_code.co_name == "backward":
-            stay.gradients.add(made.data_ptr())
-        return made
-
-    torch.empty_like = remember
     pg.exchange = stay
 
 

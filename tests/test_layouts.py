@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import workers
 from conftest import step_number
 from harness import RankError
 from hypothesis import HealthCheck, given, settings
@@ -132,6 +133,31 @@ def test_shapes_and_layouts_that_nobody_listed(step_dir, train_on, data):
     train_on(step_dir, tp * cp * dp * pp, shape + layout, 2).assert_same_as(
         train_on(step_dir, 1, reference, 2)
     )
+
+
+LAYOUTS_OF = {
+    4: ["--tp_size 2 --sequence_parallel"],
+    5: ["--cp_size 2", "--tp_size 2 --cp_size 2"],
+    6: [f"--dp_size 2 --dp_engine {engine}" for engine in ENGINES]
+    + ["--tp_size 2 --cp_size 2 --dp_size 2"],
+    7: ["--pp_size 2 --dp_size 2"],
+    8: ["--pp_size 2 --dp_size 2"],
+}
+
+
+@pytest.mark.steps(4)
+def test_a_layout_gives_the_same_bits_twice_and_when_resumed(step_dir, worlds, subtests):
+    """N6, in float32: the same command again, and one that was stopped and rebuilt at step 2."""
+    argv = "--num_hidden_layers 2 --seq_len 32 --gradient_accumulation_steps 2 "
+    argv += "--micro_batch_size 2 --dataset_name random "
+    for flags in LAYOUTS_OF[step_number(step_dir)]:
+        with subtests.test(flags):
+            world = worlds(step_dir, ranks_of(flags))
+            whole = world.run(workers.segment, argv + flags, 4, False)
+            first = world.run(workers.segment, argv + flags, 2, False)
+            rest = world.run(workers.segment, argv + flags, 4, True)
+            for one, begun, resumed in zip(whole, first, rest, strict=True):
+                assert len(one) == 4 and one == begun + resumed
 
 
 # 4 sequences in 2 micro-batches on every dp rank.

@@ -41,6 +41,7 @@ CASES = {
         "--pp_size 3 --tie_word_embeddings yes --dtype bfloat16",
         "--pp_size 2 --tp_size 2 --sequence_parallel",
         "--pp_size 2 --dp_size 2 --dp_engine zero3",
+        "--pp_size 2 --cp_size 2 --dp_engine zero2 --activation_checkpointing",
     ],
 }
 

@@ -30,7 +30,7 @@ def test_a_pipeline_is_bitwise_the_run_without_one(
         (8, 2, 256, [4, 4]),
         (7, 3, 256, [2, 3, 2]),
         (4, 4, 256, [1, 1, 1, 1]),
-        (9, 3, 3000, [2, 5, 2]),  # a table of 3000 x 128 is nearly two layers
+        (9, 3, 3000, [2, 4, 3]),  # a table of 3000 x 128 is nearly two layers
         (3, 3, 100_000, [1, 1, 1]),
     ],
 )
@@ -75,7 +75,7 @@ def test_the_bubble_is_the_formulas(step_dir, worlds, stages, count, subtests):
     for engine in engines(step_dir):
         with subtests.test(engine):
             argv = SMALL + f"--pp_size {stages} --gradient_accumulation_steps {count} {engine}"
-            share = max(worlds(step_dir, stages).run(workers.bubble, argv, 0.02))
+            share = max(worlds(step_dir, stages).run(workers.bubble, argv, 0.05))
             expected = (stages - 1) / (count + stages - 1)
             assert share == pytest.approx(expected, rel=0.1)
 

@@ -295,6 +295,37 @@ def continued(argv, stop, steps):
     return whole[0], resumed[0], same
 
 
+KEPT = {}  # what a rank keeps from one call to the next
+
+
+def segment(argv, until, resume):
+    """Train up to a step, from the start or from where the last segment ended; the metrics.
+
+    What is carried over: what the optimizer works on, its state, the number of the step.
+    """
+    import copy
+
+    import train
+
+    state = build(argv)
+    if resume:
+        with torch.no_grad():
+            for parameter, kept in zip(state.parameters, KEPT["parameters"], strict=True):
+                parameter.copy_(kept)
+        if hasattr(state, "engine"):
+            state.engine.finish_update()
+        state.optimizer.load_state_dict(KEPT["optimizer"])
+        state.step = KEPT["step"]
+    metrics = []
+    while state.step < until:
+        result = train.train_step(state)
+        metrics.append([result[key] for key in ("step", "loss", "grad_norm", "learning_rate")])
+    KEPT["parameters"] = [parameter.detach().clone() for parameter in state.parameters]
+    KEPT["optimizer"] = copy.deepcopy(state.optimizer.state_dict())
+    KEPT["step"] = state.step
+    return metrics
+
+
 # --- processes ------------------------------------------------------------------------------------
 
 
@@ -447,8 +478,11 @@ def tokens_of(argv):
 
 def data_of(argv, tokens):
     """The batches of a run that trains on these tokens."""
+    import process_group as pg
     import train
 
+    if pg.dist.is_initialized():
+        pg.finish()
     with patch.object(train, "load_tokens", lambda *_: tokens):
         return build(argv + " --num_hidden_layers 1").data
 
@@ -965,13 +999,14 @@ def bubble(argv, seconds):
         return out.sum() if stage.group.is_last else out
 
     stage.model.forward = sleepy
-    for _ in range(2):  # the first to warm up
+    micro_batches, shares = list(state.data.micro_batches(0)), []
+    for _ in range(4):  # the best of some: another process may take the core
         pg.dist.barrier()
         begun = time.perf_counter()
-        stage.run(list(state.data.micro_batches(0)), 1, True)
+        stage.run(micro_batches, 1, True)
         pg.dist.barrier()
-        total = time.perf_counter() - begun
-    return 1 - stage.micro_batches * 3 * seconds / total
+        shares.append(1 - stage.micro_batches * 3 * seconds / (time.perf_counter() - begun))
+    return min(shares)
 
 
 def timeline_of(argv, steps):
