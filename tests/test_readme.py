@@ -39,8 +39,9 @@ def test_figures_are_drawn_by_code(tmp_path):
         name for path in READMES for name in re.findall(r"assets/(\w+\.png)", path.read_text())
     }
     assert drawn <= shown, "a figure that no README shows"
-    # These show what was measured: convergence.py and assets/ring_work.py draw them.
-    assert shown - drawn <= {"convergence.png", "ring_work.png"}
+    # These show what was measured; convergence.py, ring_work.py and timeline.py draw them.
+    measured = {"convergence.png", "ring_work.png", "afab.png", "afab_gpu.png", "1f1b_gpu.png"}
+    assert shown - drawn <= measured
 
 
 @pytest.mark.parametrize("command, code", [("true", 0), ("false", 1), ("false | true", 1)])
