@@ -122,10 +122,13 @@ class Stage:
             one_by_one(self, micro_batches)
         else:
             all_forward_all_backward(self, micro_batches)
+        self.finish_sends()
+        return self.total
+
+    def finish_sends(self):
         for handle, _ in self.sending:
             handle.wait()
         self.sending.clear()
-        return self.total
 
     def forward(self, x, micro_batch):
         """Activations [batch, seq / cp, hidden] to the next ones; tokens if first, loss if last."""
@@ -160,7 +163,8 @@ class Stage:
             return None
         sends = [] if send is None else [(send.contiguous(), peer)]
         if not receive:
-            self.sending += [(handle, sends) for handle in pg.exchange(self.group, sends)]
+            self.finish_sends()  # of the one before; its memory is free then
+            self.sending = [(handle, sends) for handle in pg.exchange(self.group, sends)]
             return None
         arriving = torch.empty(self.shape, dtype=self.model.model.dtype, device=self.device)
         with self.timeline.span("wait"):

@@ -124,10 +124,13 @@ class Stage:
             for micro_batch in micro_batches:
                 all_forward(self, [micro_batch])
                 self.alive.clear()  # at once: nothing will go backward
+        self.finish_sends()
+        return self.total
+
+    def finish_sends(self):
         for handle, _ in self.sending:
             handle.wait()
         self.sending.clear()
-        return self.total
 
     def forward(self, x, micro_batch):
         """Activations [batch, seq / cp, hidden] to the next ones; tokens if first, loss if last."""
@@ -162,7 +165,8 @@ class Stage:
             return None
         sends = [] if send is None else [(send.contiguous(), peer)]
         if not receive:
-            self.sending += [(handle, sends) for handle in pg.exchange(self.group, sends)]
+            self.finish_sends()  # of the one before; its memory is free then
+            self.sending = [(handle, sends) for handle in pg.exchange(self.group, sends)]
             return None
         arriving = torch.empty(self.shape, dtype=self.model.model.dtype, device=self.device)
         with self.timeline.span("wait"):

@@ -184,6 +184,7 @@ MISTAKES_6 = [
     *(("mean_over_ranks", f"--dp_size 2 --dp_engine {engine}", "grad_norm") for engine in ENGINES),
     ("same_data_on_every_rank", "--dp_size 2", "step 1 of loss"),
     ("only_the_last_micro_batch_is_summed", "--dp_size 2 --dp_engine bucket", "another value"),
+    ("every_backward_is_the_last", "--dp_size 2 --dp_engine bucket", "grad_norm"),
     *(("hooks_vanish", f"--dp_size 2 --dp_engine {engine}", "another value|grad_norm")
       for engine in ENGINES[1:]),
     *(("update_not_shared", f"--dp_size 2 --dp_engine {engine}", "step 2 of loss")
@@ -234,13 +235,15 @@ MISTAKES_7 = [
     ("stages_start_at_layer_zero", "--pp_size 2", "initial weight"),
     ("ends_not_summed", "--pp_size 3 --tie_word_embeddings yes", "another value"),
     ("norm_of_the_own_stage", "--pp_size 2", "step 1 of grad_norm"),
+    ("every_backward_is_the_last", "--pp_size 2 --dp_size 2", "grad_norm|another value"),
 ]
 
 
 @pytest.mark.steps(7)
 @pytest.mark.parametrize("mistake, flags, seen_in", MISTAKES_7)
 def test_a_mistake_of_pipelines_is_noticed(step_dir, train_on, mistake, flags, seen_in):
-    flags += " --num_hidden_layers 4 --gradient_accumulation_steps 2 --micro_batch_size 4"
+    flags += " --num_hidden_layers 4 --gradient_accumulation_steps 2 --micro_batch_size "
+    flags += str(2 if "--dp_size" in flags else 4)
     tied = "--tie_word_embeddings yes" if "tie" in flags else ""
     whole = SHAPE + f"--num_hidden_layers 4 --micro_batch_size 8 {tied}"
     with pytest.raises(AssertionError, match=seen_in):

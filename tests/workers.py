@@ -1000,7 +1000,7 @@ def bubble(argv, seconds):
 
     stage.model.forward = sleepy
     micro_batches, shares = list(state.data.micro_batches(0)), []
-    for _ in range(4):  # the best of some: another process may take the core
+    for _ in range(3):  # the best of some: another process may take the core
         pg.dist.barrier()
         begun = time.perf_counter()
         stage.run(micro_batches, 1, True)
