@@ -26,7 +26,7 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the other tests are about the CPU
     config.addinivalue_line(
         "markers",
-        "sampled: of the chosen steps the first and the last; for those between it is slow",
+        "sampled(*steps): the first and the last of the chosen steps, and these; else it is slow",
     )
     config.addinivalue_line(
         "markers",
@@ -48,10 +48,10 @@ def pytest_generate_tests(metafunc):
     else:
         paths = sorted(ROOT.glob("step[0-9]_*"))
         chosen = [path for path in paths if first <= step_number(path) <= last]
-    if metafunc.definition.get_closest_marker("sampled"):
-        between = chosen[1:-1]
-        slow = [pytest.param(path, marks=pytest.mark.slow, id=path.name) for path in between]
-        chosen[1:-1] = slow
+    if sampled := metafunc.definition.get_closest_marker("sampled"):
+        for place, path in list(enumerate(chosen))[1:-1]:
+            if step_number(path) not in sampled.args:
+                chosen[place] = pytest.param(path, marks=pytest.mark.slow, id=path.name)
     metafunc.parametrize(
         "step_dir", chosen, ids=lambda path: getattr(path, "name", None), scope="session"
     )

@@ -74,10 +74,7 @@ def axes_of(step_dir):
     return AXES[: step_number(step_dir) - 3]
 
 
-@pytest.mark.steps(4)
-@pytest.mark.parametrize("size", SIZES)
-def test_all_layouts_train_the_same_model(step_dir, train_on, size, subtests):
-    """Two updates; which options a layout is trained with is said in `layouts.py`."""
+def train_rows(step_dir, train_on, size, subtests):
     rows = [row for row in covering(axes_of(step_dir)) if math.prod(row[:4]) == size]
     if not rows:
         pytest.skip("no pipeline of so many ranks is listed")
@@ -86,6 +83,20 @@ def test_all_layouts_train_the_same_model(step_dir, train_on, size, subtests):
         with subtests.test(argv.split("seq_len")[1]):
             assert ranks_of(argv) == size
             train_on(step_dir, size, argv, 2).assert_same_as(train_on(step_dir, 1, whole, 2))
+
+
+@pytest.mark.steps(4)
+@pytest.mark.parametrize("size", [size for size in SIZES if size <= 4])
+def test_all_layouts_train_the_same_model(step_dir, train_on, size, subtests):
+    """Two updates; which options a layout is trained with is said in `layouts.py`."""
+    train_rows(step_dir, train_on, size, subtests)
+
+
+@pytest.mark.sampled(6)
+@pytest.mark.steps(4)
+@pytest.mark.parametrize("size", [size for size in SIZES if size > 4])
+def test_all_layouts_of_more_ranks(step_dir, train_on, size, subtests):
+    train_rows(step_dir, train_on, size, subtests)
 
 
 @pytest.mark.steps(4)

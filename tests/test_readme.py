@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,13 @@ def test_the_checks_that_the_table_of_mistakes_names_are_there():
     assert len(named) > 10
     for name in named:
         assert f"def {name}(" in code, name
+
+
+def test_the_command_for_own_versions_is_understood(tmp_path):
+    """`pytest --step-dir=…`, inside the repository and outside."""
+    shutil.copytree(ROOT / "step1_model", tmp_path / "step1_model")
+    for path in ("step1_model", tmp_path / "step1_model"):
+        command = [sys.executable, "-m", "pytest", f"--step-dir={path}", "--collect-only", "-q"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "test_model.py::test_rotary_frequencies[step1_model" in done.stdout
