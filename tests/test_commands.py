@@ -67,7 +67,7 @@ def test_one_rank_speaks_and_the_ledger_agrees_with_the_formula(step_dir):
 @pytest.mark.steps(2)
 def test_a_killed_rank_ends_the_job(step_dir, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    command += ["2", str(step_dir / "train.py"), "--num_hidden_layers", "1", "--seq_len", "16"]
+    command += ["2", str(step_dir / "train.py"), "--num_hidden_layers", "2", "--seq_len", "16"]
     command += ["--max_tokens", "100000000", *on_two(step_dir).split()]
     metrics = tmp_path / "metrics.jsonl"
     with subprocess.Popen(
