@@ -32,6 +32,14 @@ def note(text):
         print(f"note: {text}", flush=True)
 
 
+def check_writable(flag, path):
+    """Raise UserError unless a flag's file can be written."""
+    try:
+        open(path, "a").close()
+    except OSError as error:
+        raise UserError(f"{flag} {path!r}: {error.strerror}; name a file to write") from None
+
+
 def stop(error):
     """Print the one line and exit with code 2, before other libraries add words of their own."""
     if RANK > 0:

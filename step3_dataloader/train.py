@@ -15,6 +15,7 @@ from dataloader import Batches
 from errors import (
     ArgumentParser,
     UserError,
+    check_writable,
     non_negative_float,
     non_negative_int,
     positive_float,
@@ -82,11 +83,7 @@ def parse_args(argv):
         raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
     pg.check_world(args.device, dp=pg.world_size())
     if args.metrics_file is not None:
-        try:
-            open(args.metrics_file, "a").close()
-        except OSError as error:
-            path, reason = args.metrics_file, error.strerror
-            raise UserError(f"--metrics_file {path!r}: {reason}; name a file to write") from None
+        check_writable("--metrics_file", args.metrics_file)
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     args.config = load_config(args)
     local_files(args.dataset_name)  # raises for a path that is not there

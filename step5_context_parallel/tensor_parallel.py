@@ -128,15 +128,14 @@ def part(weight, dim, group):
     """This rank's share of a meta weight along a dim; shares differ by one where it is not even."""
     size = weight.shape[dim]
     start, stop = (size * place // group.size for place in (group.rank, group.rank + 1))
-    held = list(weight.held)
-    held[dim] = slice(start, stop)
-    share = nn.Parameter(weight.detach()[tuple(held)])
-    share.__dict__.update(weight.__dict__, held=tuple(held))
+    held = tuple(slice(start, stop) if i == dim else s for i, s in enumerate(weight.held))
+    share = nn.Parameter(weight.detach()[held])
+    share.__dict__.update(weight.__dict__, held=held)
     return share
 
 
-# The compiler would trace into a collective, and can neither overlap nor count it: layers are
-# compiled up to here, and from here on. This is the one place where that is said.
+# The compiler would trace into a collective, and can neither overlap nor count it. So layers are
+# compiled up to the functions that communicate, and from there on.
 @torch.compiler.disable
 def project(x, *linears):
     """The products of several column-parallel layers with the one x that they share, a tuple.
@@ -273,6 +272,7 @@ def tensor_parallel_traffic(args, model):
     """What the group sends in a step: rows of (axis, collective, calls, bytes)."""
     if args.tp_size == 1:
         return []
+    # Of what this rank has: layers, and whether the two tables (until step 7, both).
     steps, layers = args.gradient_accumulation_steps, len(model.model.layers)
     embedding, head = (hasattr(x, "weight") for x in (model.model.embed_tokens, model.lm_head))
     tokens = args.micro_batch_size * args.seq_len // args.cp_size

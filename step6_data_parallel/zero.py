@@ -25,7 +25,11 @@ class Zero1(Bucketed):
 
     def __init__(self, model, group):
         super().__init__(model, group)
-        self.parameters = [piece for bucket in self.buckets for piece in bucket.own]
+        self.parameters = [
+            piece
+            for bucket in self.buckets
+            for piece in bucket.pieces(bucket.shard, bucket.gradient_shard)
+        ]
 
     def lay_out(self, bucket):
         super().lay_out(bucket)
@@ -37,7 +41,6 @@ class Zero1(Bucketed):
         for parameter, view in zip(bucket.parameters, bucket.views(bucket.weights), strict=True):
             parameter.data = view
         bucket.shard, bucket.gradient_shard = bucket.weights[bucket.mine], gradient_shard
-        bucket.own = bucket.pieces(bucket.shard, bucket.gradient_shard)
 
     def reduce(self, bucket):
         return pg.reduce_scatter(bucket.gradients, self.group, async_op=True)
@@ -65,7 +68,7 @@ class Zero2(Zero1):
     """And keeps the gradients of only that shard: every micro-batch's are sent off at once."""
 
     def lay_out(self, bucket):
-        self.lay_out_shard(bucket, bucket.vector()[bucket.mine].clone())
+        self.lay_out_shard(bucket, bucket.parameters[0].new_zeros(bucket.share))
 
     def zero_grad(self):
         for bucket in self.buckets:
@@ -100,14 +103,14 @@ class Zero3(Zero2):
     def __init__(self, model, group):
         super().__init__(model, group)
         count = len(model.model.layers)
-        layers, self.outside = self.buckets[:count], self.buckets[count:]
-        neighbours = zip([None, *layers], layers, [*layers[1:], None], strict=False)
-        for neighbour, layer in zip(neighbours, model.model.layers.values(), strict=True):
-            before, bucket, after = neighbour
-            bucket.before, bucket.after, bucket.in_backward = before, after, False
+        self.layers, self.outside = self.buckets[:count], self.buckets[count:]
+        neighbours = zip([None, *self.layers], [*self.layers[1:], None], strict=False)
+        for bucket, layer in zip(self.layers, model.model.layers.values(), strict=True):
+            bucket.before, bucket.after = next(neighbours)
+            bucket.in_backward = False
             layer.register_forward_pre_hook(functools.partial(self.before_forward, bucket))
             layer.register_forward_hook(functools.partial(self.after_forward, bucket))
-        model.register_forward_pre_hook(lambda *_: self.fetch(*self.outside, ahead=layers[0]))
+        model.register_forward_pre_hook(self.before_model)
 
     def cut(self, model):
         layers = [list(layer.parameters()) for layer in model.model.layers.values()]
@@ -117,7 +120,6 @@ class Zero3(Zero2):
     def lay_out_shard(self, bucket, gradient_shard):
         super().lay_out_shard(bucket, gradient_shard)
         bucket.shard = bucket.shard.clone()
-        bucket.own = bucket.pieces(bucket.shard, gradient_shard)
         bucket.gathering = None
         self.drop(bucket)
 
@@ -136,6 +138,9 @@ class Zero3(Zero2):
             bucket.gathering.wait()
         bucket.gathering = None
         bucket.weights.untyped_storage().resize_(0)
+
+    def before_model(self, model, inputs):
+        self.fetch(*self.outside, ahead=self.layers[0])
 
     @torch.compiler.disable
     def before_forward(self, bucket, layer, inputs):
@@ -159,13 +164,14 @@ class Zero3(Zero2):
         return super().reduce(bucket)
 
     def finish_update(self):
-        """Nothing is to be sent: the next forward pass gathers what it needs."""
+        for bucket in self.buckets:  # what an evaluation left here is out of date
+            self.drop(bucket)
 
     def traffic(self, micro_batches):
         # Forward and backward; once for the last layer and what is outside, which stay in between.
         gathers = self.rows("all_gather", micro_batches)
-        twice = len(self.buckets) - len(self.outside) - 1
-        return self.rows("reduce_scatter", micro_batches) + gathers + gathers[:twice]
+        again = gathers[: len(self.layers) - 1]
+        return self.rows("reduce_scatter", micro_batches) + gathers + again
 
 
 ENGINES = {"naive": Naive, "bucket": Bucketed, "zero1": Zero1, "zero2": Zero2, "zero3": Zero3}

@@ -14,17 +14,19 @@ import torch.distributed as dist
 from torch import nn
 
 import process_group as pg
-from errors import UserError
+from errors import UserError, check_writable
 from timeline import Timeline
 
 
 def check_pipeline_parallel(args):
-    """Raise UserError unless every stage gets a layer."""
+    """Raise UserError unless every stage gets a layer, and the timeline has a place."""
     if args.config.num_hidden_layers < args.pp_size:
         raise UserError(
             f"--pp_size {args.pp_size} with --num_hidden_layers {args.config.num_hidden_layers}: "
             "every stage needs a layer; lower the former"
         )
+    if args.timeline is not None:
+        check_writable("--timeline", args.timeline)
 
 
 def deal_layers(config, stages):
@@ -157,7 +159,7 @@ class Stage:
     def talk(self, peer, send=None, receive=False):
         """Send to a neighbour, receive from it, or both at once; beyond the ends there is none.
 
-        What is received is waited for, a send alone is not.
+        What is received is waited for; a send alone only before the next one is sent alone.
         """
         if peer is None:
             return None

@@ -17,17 +17,19 @@ import torch.distributed as dist
 from torch import nn
 
 import process_group as pg
-from errors import UserError
+from errors import UserError, check_writable
 from timeline import Timeline
 
 
 def check_pipeline_parallel(args):
-    """Raise UserError unless every stage gets a layer."""
+    """Raise UserError unless every stage gets a layer, and the timeline has a place."""
     if args.config.num_hidden_layers < args.pp_size:
         raise UserError(
             f"--pp_size {args.pp_size} with --num_hidden_layers {args.config.num_hidden_layers}: "
             "every stage needs a layer; lower the former"
         )
+    if args.timeline is not None:
+        check_writable("--timeline", args.timeline)
 
 
 def deal_layers(config, stages):
@@ -105,7 +107,8 @@ class Stage:
         parts = args.cp_size * (args.tp_size if args.sequence_parallel else 1)
         self.shape = args.micro_batch_size, args.seq_len // parts, args.config.hidden_size
         self.micro_batches = args.gradient_accumulation_steps
-        self.schedule = args.pp_engine if group.size > 1 else "1f1b"  # without a pipeline the same
+        # One stage alone: each micro-batch goes backward at once, as without a pipeline.
+        self.schedule = args.pp_engine if group.size > 1 else "1f1b"
         self.timeline = Timeline(args.timeline, device)
         self.alive = collections.deque()  # (input, output) of what has not gone backward yet
         self.sending = []  # handles, with the tensors that they send
@@ -159,7 +162,7 @@ class Stage:
     def talk(self, peer, send=None, receive=False):
         """Send to a neighbour, receive from it, or both at once; beyond the ends there is none.
 
-        What is received is waited for, a send alone is not.
+        What is received is waited for; a send alone only before the next one is sent alone.
         """
         if peer is None:
             return None

@@ -1,5 +1,7 @@
 """What pipelines promise beyond equal numbers."""
 
+import json
+
 import pytest
 import workers
 from conftest import step_number
@@ -85,7 +87,7 @@ def test_a_timeline_is_a_trace(step_dir, worlds, tmp_path):
     path = tmp_path / "timeline.json"
     argv = SMALL + f"--pp_size 2 --gradient_accumulation_steps 3 --timeline {path}"
     worlds(step_dir, 2).run(workers.timeline_of, argv, 2)
-    events = workers.json.loads(path.read_text())["traceEvents"]
+    events = json.loads(path.read_text())["traceEvents"]
     for rank in (0, 1):
         mine = [event for event in events if event["tid"] == rank]
         names = [event["name"] for event in mine]
@@ -99,6 +101,12 @@ def test_a_timeline_is_a_trace(step_dir, worlds, tmp_path):
 def test_fewer_layers_than_stages(step_dir, worlds):
     (said,) = worlds(step_dir, 1).run(workers.refusal, "--pp_size 4 --num_hidden_layers 3", 4)
     assert "--pp_size 4" in said and "--num_hidden_layers 3" in said
+
+
+def test_a_timeline_that_cannot_be_written(step_dir, worlds):
+    argv = "--pp_size 2 --timeline /no/such/place.json"
+    (said,) = worlds(step_dir, 1).run(workers.refusal, argv, 2)
+    assert "--timeline '/no/such/place.json'" in said and "\n" not in said
 
 
 @pytest.mark.parametrize("engine", ["zero1", "zero3"])

@@ -1,6 +1,5 @@
 """Functions that the tests run inside a `World`: there, `import train` is the step's own code."""
 
-import json  # noqa: F401  for the tests
 from unittest.mock import patch
 
 import numpy as np
@@ -309,6 +308,7 @@ def segment(argv, until, resume):
 
     state = build(argv)
     if resume:
+        train.evaluate(state)  # what it leaves behind must not outlive the update below
         with torch.no_grad():
             for parameter, kept in zip(state.parameters, KEPT["parameters"], strict=True):
                 parameter.copy_(kept)
