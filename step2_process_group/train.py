@@ -145,9 +145,9 @@ def train_step(state):
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     state.optimizer.step()
-    memory = pg.max_over_ranks(peak_memory_gb(state.device), state.mesh.world, state.device)
+    maxima = pg.max_over_ranks([peak_memory_gb(state.device)], state.mesh.world, state.device)
     # The only place where the host waits for the device.
-    loss, grad_norm, memory = torch.stack([loss.double(), grad_norm, memory]).tolist()
+    loss, grad_norm, memory = torch.stack([loss.double(), grad_norm, *maxima]).tolist()
     if not math.isfinite(loss + grad_norm):
         raise UserError(
             f"loss {loss}, gradient norm {grad_norm} at step {state.step}: lower --learning_rate "

@@ -37,7 +37,7 @@ def load_tokens(args, world, device):
         size = max(2**22, 4 * args.tokens_per_step)
         return np.random.default_rng(args.seed).integers(vocab_size, size=size, dtype=np.uint32)
     folder = pg.from_first(world, lambda: tokenised(args))
-    if pg.max_over_ranks(not folder.exists(), world, device):
+    if pg.max_over_ranks([not folder.exists()], world, device):
         raise UserError(f"{folder} is not on every host: set XDG_CACHE_HOME to a shared folder")
     about = json.loads((folder / "about.json").read_text())
     if about["largest_id"] >= vocab_size:

@@ -53,12 +53,7 @@ def parse_args(argv):
     parser.add_argument("--vocab_size", type=positive_int)
     parser.add_argument("--tie_word_embeddings", choices=["config", "yes", "no"], default="config")
     # data
-    parser.add_argument(
-        "--dataset_name",
-        default="python-stdlib",
-        help="python-stdlib, random, a .txt, .jsonl or .parquet file or a directory of them, a "
-        "folder of save_to_disk, or a hub id",
-    )
+    parser.add_argument("--dataset_name", default="python-stdlib", help="file, folder or hub id")
     parser.add_argument("--dataset_config", help="of a data set on the hub")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--tokenizer_name", help="bytes, directory or hub id; default: the model's")
@@ -201,9 +196,9 @@ def train_step(state):
         group["lr"] = learning_rate
     state.optimizer.step()
     state.engine.finish_update()
-    memory = pg.max_over_ranks(peak_memory_gb(state.device), state.mesh.world, state.device)
+    maxima = pg.max_over_ranks([peak_memory_gb(state.device)], state.mesh.world, state.device)
     # The only place where the host waits for the device.
-    loss, grad_norm, memory = torch.stack([loss, grad_norm, memory]).tolist()
+    loss, grad_norm, memory = torch.stack([loss, grad_norm, *maxima]).tolist()
     if not math.isfinite(loss + grad_norm):
         raise UserError(
             f"loss {loss}, gradient norm {grad_norm} at step {state.step}: lower --learning_rate "

@@ -251,7 +251,7 @@ def from_first(group, make):
     return result[0]
 
 
-def max_over_ranks(value, world, device):
-    """The largest of a number over all ranks, a float64 scalar on the device."""
-    value = torch.full((), float(value), dtype=torch.float64, device=device)
-    return all_reduce(value, world, ReduceOp.MAX)
+def max_over_ranks(numbers, world, device):
+    """The largest of each of some numbers over all ranks, float64 [count] on the device."""
+    numbers = torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
+    return all_reduce(numbers, world, ReduceOp.MAX)

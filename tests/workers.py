@@ -404,7 +404,7 @@ def collectives(dtype, size, device):
                 assert "slice" in str(error)
             else:
                 raise AssertionError(f"{collective.__name__} took a slice")
-    found["largest"] = pg.max_over_ranks(7 - rank, group, device)
+    found["largest"] = pg.max_over_ranks([7 - rank, rank], group, device)
     found["from_first"] = torch.tensor(pg.from_first(group, lambda: 100 + rank))
     return {name: value.double().cpu().numpy() for name, value in found.items()}, dict(counted)
 
