@@ -52,8 +52,7 @@ def load_tokens(args, world, device):
 def tokenised(args):
     """Folder of the cache with the data set's tokens, made if it is not there yet."""
     files = local_files(args.dataset_name)
-    own = "bytes" if args.model_name in PRESETS else args.model_name
-    tokenizer_name = args.tokenizer_name or own
+    tokenizer_name = tokenizer_of(args)
     key = [FORMAT, args.dataset_name, args.dataset_config, args.text_column, tokenizer_name]
     local = Path(tokenizer_name).is_dir()
     behind = [*files, *(sorted(Path(tokenizer_name).glob("*")) if local else [])]
@@ -78,6 +77,12 @@ def tokenised(args):
                 if not folder.exists():  # else another run was quicker
                     raise
     return folder
+
+
+def tokenizer_of(args):
+    """The tokenizer's name: the one given, or the model's own."""
+    own = "bytes" if args.model_name in PRESETS else args.model_name
+    return args.tokenizer_name or own
 
 
 def local_files(name):

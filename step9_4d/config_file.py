@@ -1,0 +1,42 @@
+"""A run's flags as a JSON file: read by --config, written beside what the run leaves."""
+
+import json
+from pathlib import Path
+
+from errors import UserError
+
+
+def parse_with_file(parser, argv):
+    """Parse argv after the flags of the file that its --config names; what comes later wins.
+
+    Returns the arguments, and as `flags` all of them by name, as they were given. Raises UserError.
+    """
+    file = parser.parse_args(argv).config
+    args = parser.parse_args([*(flags_in(file, parser) if file else []), *argv])
+    args.flags = {name: value for name, value in vars(args).items() if name != "config"}
+    return args
+
+
+def flags_in(file, parser):
+    """The command line that a file stands for: {"tp_size": 2, "sequence_parallel": true}."""
+    try:
+        values = json.loads(Path(file).read_text())
+        if not isinstance(values, dict):
+            raise UserError("not an object with the names of flags")
+        given = {name: value for name, value in values.items() if value not in (None, False)}
+        argv = [f"--{n}" if value is True else f"--{n}={value}" for n, value in given.items()]
+        parser.parse_args(argv)
+    except (OSError, ValueError, UserError) as error:
+        raise UserError(f"--config {file}: {getattr(error, 'strerror', error)}") from None
+    return argv
+
+
+def write_config(args):
+    """Write the flags to `config.json` among the checkpoints, and beside the metrics file."""
+    places = []
+    if args.checkpoint_dir is not None:
+        places.append(Path(args.checkpoint_dir) / "config.json")
+    if args.metrics_file is not None:
+        places.append(Path(args.metrics_file).with_suffix(".config.json"))
+    for place in places:
+        place.write_text(json.dumps(args.flags, indent=1) + "\n")

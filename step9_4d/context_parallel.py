@@ -1,0 +1,158 @@
+"""Context parallelism: each rank holds a part of every sequence, and attention goes round a ring.
+
+All layers but attention look at one token at a time; only attention needs the keys and values of
+all earlier tokens. They travel from rank to rank, each of which attends to the block that is there
+and merges what it got with what it had. Source: Ring Attention (arXiv:2310.01889), section 3.
+
+With causal attention late tokens have more to do than early ones. So the sequence is cut into
+2 * cp chunks, and rank r takes chunk r from the front and chunk r from the back: all do the same
+work. Source: Striped Attention (arXiv:2311.09431), section 3, for the imbalance; the zigzag is that
+of Llama 3 (arXiv:2407.21783), section 3.3.2.
+"""
+
+import torch
+
+import process_group as pg
+from attention_blocks import backward_block, forward_block
+from errors import UserError
+
+
+def check_context_parallel(args):
+    """Raise UserError unless a sequence can be cut into two chunks for each rank."""
+    if args.cp_size > 1 and args.seq_len % (2 * args.cp_size):
+        raise UserError(
+            f"--cp_size {args.cp_size} with --seq_len {args.seq_len}: choose a multiple of "
+            f"{2 * args.cp_size}, two chunks for each rank"
+        )
+
+
+def zigzag_positions(seq_len, group):
+    """The positions in the sequence that this rank holds, ascending: [seq / cp]."""
+    chunks = torch.arange(seq_len).tensor_split(2 * group.size)
+    return torch.cat([chunks[group.rank], chunks[-1 - group.rank]])
+
+
+def attending(rank, source, chunk):
+    """Which of our queries attend to which keys of `source`, and whether a causal mask is needed.
+
+    Both ranks hold two chunks of so many tokens, an early and a late one. Each case but the first
+    is the same work: two chunks by one.
+    """
+    if source == rank:
+        return slice(None), slice(None), True
+    if source < rank:  # its early chunk is before both of ours, its late chunk after both
+        return slice(None), slice(0, chunk), False
+    return slice(chunk, None), slice(None), False  # both of its chunks are between ours
+
+
+def travel(block, group):
+    """Yield (rank that it comes from, block) for all ranks of a ring, this rank's own first.
+
+    While the caller works on one block, it is also on its way to the next rank, and the one after
+    it on its way from the previous rank.
+    """
+    for step in range(group.size):
+        arriving, handles = None, []
+        if step + 1 < group.size:
+            arriving = torch.empty_like(block)
+            handles = pg.exchange(group, [(block, group.next)], [(arriving, group.previous)])
+        yield (group.rank - step) % group.size, block
+        for handle in handles:
+            handle.wait()
+        block = arriving
+
+
+def merge(out, log_sum, block_out, block_log_sum):
+    """Add a block to a softmax over the blocks so far, in place; both parts are normalised.
+
+    out: [batch, heads, seq, head_dim]; log_sum: [batch, heads, seq], the log of each softmax's
+    denominator. Source: online softmax (arXiv:1805.02867), section 3.
+    """
+    total = torch.logaddexp(log_sum, block_log_sum)
+    out.mul_((log_sum - total).exp_()[..., None])
+    out.add_(block_out * (block_log_sum - total).exp_()[..., None])
+    log_sum.copy_(total)
+
+
+class RingAttention(torch.autograd.Function):
+    """Causal attention over a sequence that is dealt out by `zigzag_positions`.
+
+    q: [batch, heads, seq / cp, head_dim]; k, v: [batch, kv_heads, seq / cp, head_dim]. Keys and
+    values travel the ring forward, and once more backward, followed by their gradients.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, group):
+        kv = torch.stack([k, v])  # [2, batch, kv_heads, seq / cp, head_dim], one message
+        exact = torch.promote_types(q.dtype, torch.float32)
+        out = torch.zeros_like(q, dtype=exact)
+        log_sum = torch.full(q.shape[:-1], -torch.inf, dtype=exact, device=q.device)
+        for source, (k, v) in travel(kv, group):
+            rows, columns, causal = attending(group.rank, source, q.shape[2] // 2)
+            block = forward_block(q[:, :, rows], k[:, :, columns], v[:, :, columns], causal)
+            merge(out[:, :, rows], log_sum[:, :, rows], *block)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, kv, out, log_sum)
+        ctx.group = group
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        q, kv, out, log_sum = ctx.saved_tensors
+        group = ctx.group
+        grad_q = torch.zeros_like(q, dtype=log_sum.dtype)
+        # The sum of gradients of a block of keys and values, which follows it round the ring.
+        grad_kv, handles = torch.zeros_like(kv, dtype=log_sum.dtype), []
+        for source, (k, v) in travel(kv, group):
+            rows, columns, causal = attending(group.rank, source, q.shape[2] // 2)
+            grads = backward_block(
+                grad_out[:, :, rows],
+                q[:, :, rows],
+                k[:, :, columns],
+                v[:, :, columns],
+                # The finished output and denominator: they make the block's gradients shares of
+                # those of the whole softmax. Source: FlashAttention-2 (arXiv:2307.08691), 3.1.2.
+                out[:, :, rows],
+                log_sum[:, :, rows],
+                causal,
+            )
+            for handle in handles:
+                handle.wait()
+            grad_q[:, :, rows] += grads[0]
+            grad_kv[:, :, :, columns] += torch.stack(grads[1:])
+            # Two ranks' messages arrive in the order sent: these gradients after the next block.
+            sent, grad_kv = grad_kv, torch.empty_like(grad_kv)
+            handles = pg.exchange(group, [(sent, group.next)], [(grad_kv, group.previous)])
+        for handle in handles:
+            handle.wait()
+        return grad_q.to(q.dtype), *grad_kv.to(q.dtype), None
+
+
+def apply_context_parallel(model, group):
+    """Let attention go round the ring of a group; a group of one keeps its kernel."""
+
+    @torch.compiler.disable  # the sends overlap with the blocks, which no compiled graph would do
+    def attention(q, k, v):  # [batch, seq / cp, heads, head_dim]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [batch, heads, seq / cp, head_dim]
+        return RingAttention.apply(q, k, v, group).transpose(1, 2)
+
+    if group.size > 1:
+        for layer in model.model.layers.values():
+            layer.self_attn.attention = attention
+
+
+def context_parallel_traffic(args, model):
+    """What the group sends in a step, by the formula: rows of (axis, collective, calls, bytes)."""
+    cp, config = args.cp_size, args.config
+    if cp == 1:
+        return []
+    weight = 8 if args.dtype == "float64" else 4  # bytes of one, and of what accumulates
+    number = 2 if args.dtype == "bfloat16" else weight
+    tokens = args.micro_batch_size * args.seq_len // cp
+    block = 2 * tokens * config.num_key_value_heads // args.tp_size * config.head_dim
+    rings = args.gradient_accumulation_steps * len(model.model.layers)
+    forwards = 3 if args.activation_checkpointing else 2  # backward goes round too
+    return [
+        ("cp", "send", rings * forwards * (cp - 1), block * number),
+        ("cp", "send", rings * cp, block * weight),  # gradients go all the way home
+    ]

@@ -1,0 +1,164 @@
+"""Data parallelism: each rank reads other sequences, and their gradients are added up.
+
+Engines do that, and all give the same numbers; they differ in when they talk, how much, and in what
+a rank keeps. Two are here, in which every rank keeps everything; those that share are in zero.py:
+
+    naive    sums every gradient after the last backward pass
+    bucket   sums gradients by the megabyte, while the last backward pass goes on
+
+Ranks along cp read other tokens too, so the group of an engine is dp x cp.
+Source: PyTorch DDP (arXiv:2006.15704), section 3.2.
+"""
+
+import functools
+import itertools
+
+import torch
+from torch import nn
+
+import process_group as pg
+
+
+class Naive:
+    """Weights, gradients and optimizer state are whole on every rank."""
+
+    axes = ()  # that the parameters the optimizer works on are cut along
+
+    def __init__(self, model, group):
+        self.group = group
+        self.parameters = list(model.parameters())
+        self.last_backward = False  # whether the coming backward pass is the step's last
+
+    def zero_grad(self):
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def finish_gradients(self):
+        """Call after the last backward pass; the gradients of `parameters` are complete then."""
+        for parameter in self.parameters:
+            pg.all_reduce(parameter.grad, self.group)
+
+    def finish_update(self):
+        """Call after the optimizer's step; the model's weights are those of all ranks then."""
+
+    def traffic(self, micro_batches):
+        """What it sends in a step, by the formula: rows of (axis, collective, calls, bytes)."""
+        if self.group.size == 1:
+            return []
+        return [(self.group.axis, "all_reduce", 1, p.nbytes) for p in self.parameters]
+
+
+class Bucket:
+    """Several parameters, one after the other in one vector that the ranks can share evenly."""
+
+    def __init__(self, parameters, group):
+        self.parameters, self.group = parameters, group
+        ends = list(itertools.accumulate(p.numel() for p in parameters))
+        self.ranges = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        self.share = -(-ends[-1] // group.size)  # elements a rank, rounded up
+        self.mine = slice(group.rank * self.share, (group.rank + 1) * self.share)
+        self.nbytes = self.share * group.size * parameters[0].itemsize
+        self.missing = len(parameters)  # gradients of the current backward pass
+
+    @torch.no_grad()
+    def vector(self, tensors=()):
+        """A new vector [share * ranks] with tensors, shaped like the parameters, in its places."""
+        vector = self.parameters[0].new_zeros(self.share * self.group.size)
+        for view, tensor in zip(self.views(vector), tensors, strict=False):
+            view.copy_(tensor)
+        return vector
+
+    def views(self, vector):
+        """The places of a vector in the shapes of the parameters."""
+        pairs = zip(self.ranges, self.parameters, strict=True)
+        return [vector[place].view(parameter.shape) for place, parameter in pairs]
+
+    def pieces(self, weights, gradients):
+        """What this rank's shard has of each parameter, as parameters for the optimizer.
+
+        weights, gradients: [share]. A piece carries the tags of the whole parameter and `piece`,
+        its slice of the flattened one.
+        """
+        found = []
+        for place, parameter in zip(self.ranges, self.parameters, strict=True):
+            start, stop = max(place.start, self.mine.start), min(place.stop, self.mine.stop)
+            if start < stop:
+                here = slice(start - self.mine.start, stop - self.mine.start)
+                piece = nn.Parameter(weights[here])
+                piece.grad = gradients[here]
+                there = slice(start - place.start, stop - place.start)
+                piece.__dict__.update(parameter.__dict__, piece=there)
+                found.append(piece)
+        return found
+
+    def arrived(self):
+        """Count one more gradient; true for the last one of a backward pass."""
+        self.missing = self.missing - 1 or len(self.parameters)
+        return self.missing == len(self.parameters)
+
+
+def cut_by_size(parameters, most_bytes):
+    """Lists of neighbouring parameters of at most so many bytes; a larger parameter is alone."""
+    lists, used = [], most_bytes
+    for parameter in parameters:
+        if used + parameter.nbytes > most_bytes:
+            lists.append([])
+            used = 0
+        lists[-1].append(parameter)
+        used += parameter.nbytes
+    return lists
+
+
+class Bucketed(Naive):
+    """Gradients live in buckets, each summed as soon as the last backward pass has filled it."""
+
+    bucket_bytes = 25 * 2**20
+
+    def __init__(self, model, group):
+        super().__init__(model, group)
+        self.buckets = [Bucket(part, group) for part in self.cut(model)]
+        self.running = []  # what is under way: (bucket, result, handle)
+        for bucket in self.buckets:
+            self.lay_out(bucket)
+            hook = functools.partial(self.on_gradient, bucket)
+            for parameter in bucket.parameters:
+                parameter.register_post_accumulate_grad_hook(hook)
+
+    def cut(self, model):
+        """Lists of parameters, one a bucket, in the order in which backward meets them.
+
+        What another stage holds too is alone, so that both stages cut it alike.
+        """
+        shared = [p for p in self.parameters if hasattr(p, "shared")]
+        rest = [p for p in self.parameters[::-1] if not hasattr(p, "shared")]
+        return [[p] for p in shared] + cut_by_size(rest, self.bucket_bytes)
+
+    def lay_out(self, bucket):
+        bucket.gradients = bucket.vector()
+        for parameter, view in zip(bucket.parameters, bucket.views(bucket.gradients), strict=True):
+            parameter.grad = view  # to which backward passes add
+
+    def zero_grad(self):
+        for bucket in self.buckets:
+            bucket.gradients.zero_()
+
+    def on_gradient(self, bucket, parameter):
+        """Hook: a backward pass has added to the gradient of one parameter of a bucket."""
+        if bucket.arrived() and self.last_backward:
+            self.running.append((bucket, *self.reduce(bucket)))
+
+    def reduce(self, bucket):
+        handle = pg.all_reduce(bucket.gradients, self.group, async_op=True)
+        return bucket.gradients, handle
+
+    def finish_gradients(self):
+        for bucket, result, handle in self.running:
+            handle.wait()
+            self.reduced(bucket, result)
+        self.running.clear()
+
+    def reduced(self, bucket, result):
+        """Take what a reduction gave; here it is where it belongs."""
+
+    def traffic(self, micro_batches):
+        return [(self.group.axis, "all_reduce", 1, bucket.nbytes) for bucket in self.buckets]

@@ -1,0 +1,121 @@
+"""Batches: which sequences make up a step, and in which order they come.
+
+The sequences of step s are a function of the seed, the global batch size and s, and of nothing
+else: not of how a batch is cut into micro-batches, nor of the workers that load it. So the step is
+all that has to be saved to go on from here.
+"""
+
+import hashlib
+import itertools
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from errors import UserError
+
+HELD_OUT_AT_MOST = 256  # sequences that one evaluation reads
+
+
+class Windows(Dataset):
+    """Sequences of seq_len + 1 tokens, cut from the joined documents one after the other.
+
+    Neighbours share one token, the last target of the one and the first input of the other: no
+    token but the very first is left unpredicted, and none is predicted twice.
+    """
+
+    def __init__(self, tokens, seq_len):
+        self.tokens, self.seq_len = tokens, seq_len
+
+    def __len__(self):
+        return max(0, (len(self.tokens) - 1) // self.seq_len)
+
+    def __getitem__(self, index):  # [seq + 1]
+        start = index * self.seq_len
+        window = self.tokens[start : start + self.seq_len + 1]
+        return torch.from_numpy(window.astype("int64"))
+
+
+class Order:
+    """An endless row of epochs, each shuffled anew; each step takes the next batch_size of them."""
+
+    def __init__(self, count, batch_size, seed):
+        self.windows, self.batch_size, self.seed = count, batch_size, seed
+        self.epoch, self.shuffled = None, None
+
+    def sequence(self, position):
+        """Index of the window at a position of the endless row."""
+        epoch, place = divmod(position, self.windows)
+        if epoch != self.epoch:
+            digest = hashlib.sha256(f"{self.seed} epoch {epoch}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+            self.epoch = epoch
+            self.shuffled = torch.randperm(self.windows, generator=generator).numpy()
+        return int(self.shuffled[place])
+
+    def cut(self, size, step):
+        """Window indices of micro-batches of some size, from a step (the first is 0) on, no end."""
+        for start in itertools.count(step * self.batch_size, size):
+            yield [self.sequence(start + row) for row in range(size)]
+
+
+class Batches:
+    """Deals the sequences of each step to micro-batches, and keeps the last 1/64 of them apart.
+
+    positions: those of a sequence that this rank reads; group: the ranks that read others.
+
+    Raises UserError when the data set does not fill one step and its held-out part.
+    """
+
+    def __init__(self, args, tokens, device, positions, group):
+        self.device, self.group = device, group
+        self.micro_batch_size = args.micro_batch_size
+        self.micro_batches_a_step = args.gradient_accumulation_steps
+        self.windows = Windows(tokens, args.seq_len)
+        held_out = max(1, len(self.windows) // 64)
+        training = len(self.windows) - held_out
+        batch_size = self.micro_batch_size * self.micro_batches_a_step * group.size
+        if training < batch_size:
+            raise UserError(
+                f"--dataset_name {args.dataset_name}: its {len(tokens)} tokens make "
+                f"{max(training, 0)} training sequences of --seq_len {args.seq_len}, and a step "
+                f"takes {batch_size}, --micro_batch_size {self.micro_batch_size} x "
+                f"--gradient_accumulation_steps {self.micro_batches_a_step} x --dp_size "
+                f"{group.size}: lower one of these"
+            )
+        self.order = Order(training, batch_size, args.seed)
+        count = max(1, min(held_out, HELD_OUT_AT_MOST) // batch_size) * batch_size
+        self.held_out = [training + row * held_out // count for row in range(count)]
+        self.positions = positions.to(device)  # [seq / cp]
+        workers = {"num_workers": args.num_workers}
+        if args.num_workers:
+            workers["multiprocessing_context"] = "fork"  # the array is mapped, not sent
+        self.options = {**workers, "pin_memory": device.type == "cuda"}
+        self.next_step, self.loading = None, None
+
+    def micro_batches(self, step):
+        """The micro-batches of a step: tokens, targets [micro_batch, seq / cp] and positions."""
+        if step != self.next_step:
+            self.loading = iter(self.load(self.order.cut(self.micro_batch_size, step)))
+        self.next_step = None  # until this one is read to its end
+        for _ in range(self.micro_batches_a_step):
+            yield self.split(next(self.loading))
+        self.next_step = step + 1
+
+    def evaluation(self):
+        """Micro-batches of `held_out`, the same at every call.
+
+        They are whole batches, at most HELD_OUT_AT_MOST sequences spread evenly over the held-out
+        part; where it is smaller than one batch, some sequences come more than once.
+        """
+        size = self.micro_batch_size
+        cut = [self.held_out[start : start + size] for start in range(0, len(self.held_out), size)]
+        for window in self.load(cut):
+            yield self.split(window)
+
+    def load(self, micro_batches):
+        mine = itertools.islice(micro_batches, self.group.rank, None, self.group.size)
+        return DataLoader(self.windows, batch_sampler=mine, **self.options)
+
+    def split(self, window):  # [micro_batch, seq + 1]
+        window = window.to(self.device, non_blocking=True)
+        return window[:, self.positions], window[:, self.positions + 1], self.positions

@@ -1,0 +1,86 @@
+"""A wrong call gets one line on standard error that says what to do, and a non-zero exit."""
+
+import argparse
+import os
+import re
+import sys
+import time
+
+RANK = int(os.environ.get("RANK", 0))
+
+
+class UserError(Exception):
+    """Its text names the flag, the values and the remedy."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is a `UserError` like any other wrong call."""
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def in_one_line(error):
+    """What another library's exception says, or the one behind it, cut to fit into our line."""
+    error = error.__cause__ or error
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def note(text):
+    """Tell the reader what was decided for them."""
+    if RANK == 0:
+        print(f"note: {text}", flush=True)
+
+
+def check_writable(flag, path):
+    """Raise UserError unless a flag's file can be written."""
+    try:
+        open(path, "a").close()
+    except OSError as error:
+        raise UserError(f"{flag} {path!r}: {error.strerror}; name a file to write") from None
+
+
+def stop(error):
+    """Print the one line and exit with code 2, before other libraries add words of their own."""
+    if RANK > 0:
+        time.sleep(10)  # the launcher ends this rank here if the first one has spoken
+    sys.stdout.flush()
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def whole_number(text, least):
+    """argparse type: an integer of at least `least`."""
+    if not re.fullmatch("[0-9]+", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+    return int(text)
+
+
+def positive_int(text):
+    """argparse type: 1, 2, 3, …"""
+    return whole_number(text, 1)
+
+
+def non_negative_int(text):
+    """argparse type: 0, 1, 2, …"""
+    return whole_number(text, 0)
+
+
+def number(text, good, rule):
+    """argparse type: a float for which good(value) is true; never so for `nan`."""
+    try:
+        if good(float(text)):
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number {rule}")
+
+
+def non_negative_float(text):
+    """argparse type: a number of at least 0."""
+    return number(text, lambda value: value >= 0, "of 0 or more")
+
+
+def positive_float(text):
+    """argparse type: a number above 0; `inf` is one."""
+    return number(text, lambda value: value > 0, "above 0")

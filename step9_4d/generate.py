@@ -1,0 +1,162 @@
+"""Sample text from a checkpoint or a Hugging Face directory.
+
+python generate.py --checkpoint runs/first --prompt "def "
+torchrun --nproc_per_node 2 generate.py --load_hf exported --tp_size 2
+"""
+
+import sys
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+import process_group as pg
+from checkpoint import find, read_about
+from corpus import load_tokenizer
+from errors import (
+    ArgumentParser,
+    UserError,
+    non_negative_float,
+    non_negative_int,
+    positive_int,
+    stop,
+)
+from huggingface import check_directory, load_hf, stored_slices
+from model import Llama, causal_attention, materialize
+from presets import from_transformers
+from resharding import read_weights
+from tensor_parallel import apply_tensor_parallel, check_tensor_parallel
+from train import DTYPES
+
+
+def parse_args(argv):
+    """Read the command line and look at what is to be loaded; raises UserError."""
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    parser = ArgumentParser(description=__doc__, allow_abbrev=False)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", help="or the directory of a run's; the latest is taken")
+    source.add_argument("--load_hf", help="a Hugging Face directory")
+    parser.add_argument("--tokenizer_name", help="bytes, directory or hub id; default: the model's")
+    parser.add_argument("--prompt", default="", help="the text to go on with")
+    parser.add_argument("--max_new_tokens", type=positive_int, default=200)
+    parser.add_argument("--temperature", type=non_negative_float, default=0.8, help="0: likeliest")
+    parser.add_argument("--top_k", type=non_negative_int, default=40, help="0: of all symbols")
+    parser.add_argument("--seed", type=non_negative_int, default=42)
+    parser.add_argument("--device", choices=devices, default=devices[0])
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else float32")
+    parser.add_argument("--tp_size", type=positive_int, default=1, help="ranks that share a layer")
+    args = parser.parse_args(argv)
+    pg.check_world(args.device, args.tp_size)
+    if args.checkpoint is not None:
+        args.checkpoint = find("--checkpoint", args.checkpoint)
+        about = read_about("--checkpoint", args.checkpoint)
+        args.config, tokenizer = SimpleNamespace(**about["model"]), about["tokenizer"]
+    else:
+        check_directory(args.load_hf)
+        args.config, tokenizer = from_transformers(args.load_hf), args.load_hf
+        stored_slices(args.load_hf, args.config)
+    check_tensor_parallel(SimpleNamespace(**vars(args), sequence_parallel=False))
+    args.tokenizer_name = args.tokenizer_name or tokenizer
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    return args
+
+
+class Cache:
+    """Causal attention that keeps the keys and values of all tokens so far.
+
+    So a new token costs one query and not the whole text again: with n tokens so far, n products
+    for each head and layer. k, v: [batch, most, kv_heads, head_dim].
+    """
+
+    def __init__(self, most):
+        self.most, self.length = most, 0
+
+    def __call__(self, q, k, v):  # [batch, new, heads, head_dim]
+        if self.length == 0:
+            self.k, self.v = (t.new_empty(t.shape[0], self.most, *t.shape[2:]) for t in (k, v))
+        start, self.length = self.length, self.length + q.shape[1]
+        self.k[:, start : self.length] = k
+        self.v[:, start : self.length] = v
+        if start == 0:
+            return causal_attention(q, k, v)
+        # One new token: it sees all that are there, itself included.
+        q, k, v = (t[:, : self.length].transpose(1, 2) for t in (q, self.k, self.v))
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+
+
+def next_logits(model, group, tokens, positions):
+    """Logits of what comes after the last token, [vocab] in float32 or better, on every rank."""
+    x = model.model(tokens, positions)[:, -1:]  # [1, 1, hidden]
+    mine = model.lm_head(x).flatten()  # [vocab / tp]
+    logits = torch.zeros(model.model.config.vocab_size, device=x.device, dtype=torch.float64)
+    logits[model.lm_head.weight.held[0]] = mine.double()
+    return pg.all_reduce(logits, group)
+
+
+def sample(logits, temperature, top_k, generator):
+    """A symbol drawn from softmax(logits / temperature) over the top_k largest; 0 of either: see
+    the flags. logits: [vocab].
+    """
+    if temperature == 0:
+        return int(logits.argmax())
+    logits = logits.cpu() / temperature
+    if 0 < top_k < len(logits):
+        logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
+    return int(torch.multinomial(logits.softmax(0), 1, generator=generator))
+
+
+@torch.no_grad()
+def generate(model, group, prompt, args, end):
+    """The new symbols, a list: at most `max_new_tokens`, none after the end token.
+
+    prompt: a list of at least one; every rank of the group draws the same.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(args.seed)
+    for layer in model.model.layers.values():
+        layer.self_attn.attention = Cache(len(prompt) + args.max_new_tokens)
+    tokens, new = [], prompt
+    while len(tokens) < args.max_new_tokens and end not in tokens[-1:]:
+        start = len(prompt) + len(tokens) - len(new)
+        positions = torch.arange(start, start + len(new), device=device)
+        logits = next_logits(model, group, torch.tensor([new], device=device), positions)
+        new = [sample(logits, args.temperature, args.top_k, generator)]
+        tokens += new
+    return tokens
+
+
+def load(args, device, group):
+    """This rank's part of the model that was asked for, filled."""
+    with torch.device("meta"):
+        model = Llama(args.config, DTYPES[args.dtype])
+    apply_tensor_parallel(model, group)
+    materialize(model, None, device)
+    if args.load_hf is not None:
+        load_hf(model, args.load_hf)
+    else:
+        read_weights(model, args.checkpoint)
+    return model
+
+
+def main(args):
+    device = pg.init_processes(args.device)
+    group = pg.Mesh(args.tp_size).group("tp")
+    tokenizer = load_tokenizer(args.tokenizer_name)
+    prompt = tokenizer(args.prompt.replace("\0", ""))["input_ids"] or [tokenizer.eos_token_id]
+    if max(prompt) >= args.config.vocab_size:
+        raise UserError(
+            f"--tokenizer_name {args.tokenizer_name}: it gave the id {max(prompt)}, the model "
+            f"knows {args.config.vocab_size}; name the tokenizer that it was trained with"
+        )
+    model = load(args, device, group)
+    tokens = generate(model, group, prompt, args, tokenizer.eos_token_id)
+    if group.is_first:
+        print(args.prompt + tokenizer.decode(tokens, skip_special_tokens=True))
+    pg.finish()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args(sys.argv[1:]))
+    except UserError as error:
+        stop(error)

@@ -1,0 +1,156 @@
+"""Hugging Face checkpoints, both ways, from any layout and onto any.
+
+Parameter names are the same there and here. Reading, each rank takes its slices straight out of the
+safetensors files. Writing, the parts that ranks hold become whole tensors by way of a checkpoint
+of ours, and `transformers` does the rest. So any checkpoint can be exported later, too:
+
+python huggingface.py --checkpoint runs/first --save_hf exported
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from safetensors import safe_open
+
+import process_group as pg
+from checkpoint import find, read_about
+from corpus import load_tokenizer, tokenizer_of
+from errors import ArgumentParser, UserError, in_one_line, stop
+from model import Llama, materialize
+from presets import load_config
+from resharding import read_weights, tensors_of, write_tensors
+
+
+def load_checked_config(args):
+    """The configuration of --load_hf, if given, or --model_name; raises UserError.
+
+    Also for a --load_hf whose tensors do not fit it, and a --save_hf that can't be written.
+    """
+    if args.save_hf is not None:
+        check_save_hf(args.save_hf)
+    if args.load_hf is None:
+        return load_config(args)
+    if args.model_name not in ("debug", args.load_hf):
+        raise UserError(f"--load_hf with --model_name {args.model_name}: leave the latter out")
+    check_directory(args.load_hf)
+    args.model_name = args.load_hf
+    config = load_config(args)
+    stored_slices(args.load_hf, config)
+    return config
+
+
+def check_save_hf(directory):
+    """Make the directory to write; raises UserError if that can't be, or if it is in use."""
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        used = any(Path(directory).iterdir())
+    except OSError as error:
+        raise UserError(f"--save_hf {directory}: {error.strerror}; name a directory") from None
+    if used:
+        raise UserError(f"--save_hf {directory}: not empty; name another directory")
+
+
+def check_directory(path):
+    """Raise UserError unless --load_hf names a directory with a model's configuration."""
+    if not (Path(path) / "config.json").is_file():
+        raise UserError(f"--load_hf {path}: no config.json there; name a directory that has one")
+
+
+def stored_slices(directory, config):
+    """{name: safetensors slice} of a directory, once found to be those of a model of config.
+
+    They are in one file or in several with an index. Raises UserError.
+    """
+    path = Path(directory)
+    index = path / "model.safetensors.index.json"
+    try:
+        names = ["model.safetensors"]
+        if index.exists():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [safe_open(path / name, "pt") for name in names]
+        slices = {name: file.get_slice(name) for file in files for name in file.keys()}
+    except Exception as error:
+        raise UserError(
+            f"--load_hf {directory}: {in_one_line(error)} (its weights must be whole safetensors, "
+            "as save_pretrained of transformers writes them)"
+        ) from None
+    with torch.device("meta"):
+        wanted = dict(Llama(config).named_parameters())
+    for name, parameter in wanted.items():
+        if name not in slices:
+            raise UserError(f"--load_hf {directory}: {name} is missing there")
+        if (shape := slices[name].get_shape()) != [*parameter.shape]:
+            raise UserError(f"--load_hf {directory}: {name} is {shape}, not {[*parameter.shape]}")
+    spare = slices.keys() - wanted.keys() - {"lm_head.weight"}  # a tied one may be there
+    if spare := sorted(name for name in spare if not name.endswith("rotary_emb.inv_freq")):
+        raise UserError(f"--load_hf {directory}: not a Llama of this model.py: {spare[0]}")
+    return slices
+
+
+def load_hf(model, directory):
+    """Fill a model with this rank's slices of a directory's tensors; raises UserError."""
+    slices = stored_slices(directory, model.model.config)
+    for parameter in model.parameters():
+        parameter.detach().copy_(slices[parameter.global_name][parameter.held])
+
+
+def save_hf(state, directory):
+    """Write the model so that `AutoModelForCausalLM.from_pretrained` opens it.
+
+    In the dtype of the weights, with config, tokenizer and defaults for generating.
+    """
+    aside = Path(directory) / ".parts"
+    write_tensors(tensors_of(state.parameters, state.model.parameter_names), aside)
+    args, dtype = state.args, state.parameters[0].dtype
+    pg.from_first(
+        state.mesh.world, lambda: export(aside, directory, args.config, dtype, tokenizer_of(args))
+    )
+    pg.from_first(state.mesh.world, lambda: shutil.rmtree(aside))
+
+
+def export(checkpoint, directory, config, dtype, tokenizer_name):
+    """In one process: from the tensors of a checkpoint to a Hugging Face directory."""
+    import transformers
+
+    with torch.device("meta"):
+        model = Llama(config, dtype)
+    materialize(model, None, torch.device("cpu"))
+    read_weights(model, checkpoint, no_dist=True)
+
+    transformers.logging.disable_progress_bar()
+    tokenizer = load_tokenizer(tokenizer_name)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    theirs = transformers.LlamaForCausalLM.from_pretrained(
+        None,
+        config=transformers.LlamaConfig(**{**vars(config), **ends}),
+        state_dict=dict(model.named_parameters()),
+        dtype=dtype,
+    )
+    if (Path(tokenizer_name) / "generation_config.json").exists():
+        theirs.generation_config = transformers.GenerationConfig.from_pretrained(tokenizer_name)
+    theirs.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def main(argv):
+    parser = ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--checkpoint", required=True, help="or the directory of a run's")
+    parser.add_argument("--save_hf", required=True, help="a directory to write")
+    args = parser.parse_args(argv)
+    check_save_hf(args.save_hf)
+    path = find("--checkpoint", args.checkpoint)
+    about = read_about("--checkpoint", path)
+    config = SimpleNamespace(**about["model"])
+    export(path, args.save_hf, config, getattr(torch, about["dtype"]), about["tokenizer"])
+    print(f"{path} -> {args.save_hf}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        stop(error)

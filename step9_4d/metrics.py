@@ -1,0 +1,119 @@
+"""What a step reports: a readable line, a line of JSON, and Weights & Biases if asked."""
+
+import contextlib
+import json
+import resource
+import sys
+import time
+
+import torch
+
+from errors import UserError, in_one_line
+
+# Dense bfloat16 FLOP/s by what the GPU's name contains; from the vendors' data sheets.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989.5e12,
+    "H100 PCIe": 756e12,
+    "H100": 989.5e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165.2e12,
+    "MI300X": 1307e12,
+}
+
+
+def peak_flops(device):
+    """Peak FLOP/s of a device, None where unknown."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def flops_per_token(model, seq_len):
+    """Forward and backward of one token: 6 N + 12 L H S. Source: PaLM (arXiv:2204.02311), B."""
+    config = model.model.config
+    attention = 12 * config.num_hidden_layers * config.hidden_size * seq_len
+    return 6 * model.parameter_count + attention
+
+
+def peak_memory_gb(device):
+    """Peak memory in 1e9 bytes: allocated on CUDA, resident size of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+class Metrics:
+    """Takes each step's numbers, adds the speed, and writes them out."""
+
+    def __init__(self, args, device, flops_per_token, devices):
+        self.devices = devices
+        self.flops_per_token = flops_per_token
+        self.peak = peak_flops(device)
+        self.args, self.file, self.wandb = args, None, None
+        self.tokens = 0
+        self.clock = time.perf_counter()
+
+    def open(self, step):
+        """Open what the numbers go to; what is there up to a step is kept. Raises UserError."""
+        args = self.args
+        self.tokens = step * args.tokens_per_step
+        if args.metrics_file:
+            lines = open(args.metrics_file).readlines() if step else []
+            self.file = open(args.metrics_file, "w")
+            self.file.writelines(line for line in lines if json.loads(line)["step"] <= step)
+        if args.use_wandb:
+            import wandb
+
+            try:
+                self.wandb = wandb.init(
+                    project="four-d-from-scratch", name=args.run_name, config=vars(args)
+                )
+            except wandb.Error as error:
+                words = in_one_line(error)
+                raise UserError(f"--use_wandb: {words} (or set WANDB_MODE=offline)") from None
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time in which no tokens are trained on does not count."""
+        begun = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - begun
+
+    def log(self, metrics):
+        """Report what `train_step` returned, with tokens/s and MFU since the last call."""
+        now = time.perf_counter()
+        speed = (metrics["tokens"] - self.tokens) / (now - self.clock)
+        self.tokens, self.clock = metrics["tokens"], now
+        per_device = speed / self.devices
+        metrics = {
+            **metrics,
+            "tokens_per_second": speed,
+            "tokens_per_second_per_device": per_device,
+            "mfu": per_device * self.flops_per_token / self.peak if self.peak else None,
+        }
+        print(readable(metrics), flush=True)
+        if self.file:
+            self.file.write(json.dumps(metrics) + "\n")
+            self.file.flush()
+        if self.wandb:
+            self.wandb.log(metrics, step=metrics["step"])
+
+    def close(self):
+        if self.file:
+            self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def readable(metrics):
+    """One line of a step for people."""
+    mfu = f" | mfu {metrics['mfu']:.1%}" if metrics["mfu"] is not None else ""
+    held_out = f" | held-out {metrics['held_out']:.4f}" if "held_out" in metrics else ""
+    return (
+        f"step {metrics['step']:5d} | loss {metrics['loss']:7.4f}"
+        f" | grad norm {metrics['grad_norm']:8.4f} | lr {metrics['learning_rate']:.2e}"
+        f" | {metrics['tokens_per_second']:9,.0f} tokens/s{mfu}"
+        f" | {metrics['memory_gb']:.2f} GB{held_out}"
+    )

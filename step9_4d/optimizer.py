@@ -1,0 +1,56 @@
+"""AdamW, its learning rate, and the norm of the whole model's gradient."""
+
+import math
+
+import torch
+
+import process_group as pg
+
+
+def build_optimizer(parameters, learning_rate, weight_decay):
+    """AdamW with decay on matrices only: shrinking a norm's weight would shrink its layer.
+
+    Source: AdamW (arXiv:1711.05101), algorithm 2; betas as in Llama 2 (arXiv:2307.09288), 2.2.
+    """
+    matrices = [p for p in parameters if len(p.full_shape) >= 2]
+    vectors = [p for p in parameters if len(p.full_shape) < 2]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def learning_rate_at(step, args):
+    """Linear warm-up to `--learning_rate`, then a cosine down to a tenth of it at `--max_tokens`.
+
+    step counts from 1. Source: SGDR (arXiv:1608.03983), section 3.
+    """
+    if step <= args.warmup_steps:
+        return args.learning_rate * step / args.warmup_steps
+    decay_steps = max(1, args.total_steps - args.warmup_steps)
+    progress = min(1.0, (step - args.warmup_steps) / decay_steps)
+    return args.learning_rate * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
+
+
+@torch.no_grad()
+def gradient_norm(parameters, names, group):
+    """The 2-norm of the whole model's gradient, a float64 scalar.
+
+    One sum of squares per parameter, in the order of `names`, the whole model's: so the same
+    numbers are added in the same order however the model is laid out. group: the ranks that hold
+    the model between them; what several of them hold is `counted` on one.
+    """
+    order = {name: index for index, name in enumerate(names)}
+    squares = torch.zeros(len(names), dtype=torch.float64, device=parameters[0].device)
+    for parameter in parameters:
+        # Squared again, as the norm needs no float64 copy of the gradient.
+        norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float64)
+        squares[order[parameter.global_name]] = norm**2 * parameter.counted
+    return pg.all_reduce(squares, group).sum().sqrt()
+
+
+def clip_gradients(parameters, max_norm, norm):
+    """Scale all gradients by min(1, max_norm / (norm + 1e-6)). Source: arXiv:1211.5063, 3.2."""
+    norm = norm.to(parameters[0].dtype)
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)

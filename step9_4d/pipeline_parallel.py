@@ -1,0 +1,228 @@
+"""Pipeline parallelism: each rank holds some of the layers, and micro-batches pass through them.
+
+A stage receives activations from the stage before, computes its layers and sends the result on;
+gradients come back the same way. With p stages and m micro-batches a stage waits p - 1 times at the
+start and at the end, a share (p - 1) / (m + p - 1) of the step, in either schedule:
+
+    afab  all forward, then all backward: the activations of m micro-batches are alive
+    1f1b  one forward, one backward, as soon as there is one: those of p at most
+
+Sources: GPipe (arXiv:1811.06965), section 2.3; PipeDream-Flush (arXiv:2006.09503), section 2.2.
+"""
+
+import collections
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import process_group as pg
+from errors import UserError, check_writable
+from timeline import Timeline
+
+
+def check_pipeline_parallel(args):
+    """Raise UserError unless every stage gets a layer, and the timeline has a place."""
+    if args.config.num_hidden_layers < args.pp_size:
+        raise UserError(
+            f"--pp_size {args.pp_size} with --num_hidden_layers {args.config.num_hidden_layers}: "
+            "every stage needs a layer; lower the former"
+        )
+    if args.timeline is not None:
+        check_writable("--timeline", args.timeline)
+
+
+def deal_layers(config, stages):
+    """Which layers each stage holds, a range for each, so that the largest cost is smallest.
+
+    The cost of a layer is the number of its weights; the first stage also has the embedding, the
+    last one the head.
+    """
+    layers = config.num_hidden_layers
+    kv_width = config.num_key_value_heads * config.head_dim
+    width = config.num_attention_heads * config.head_dim + kv_width
+    layer = config.hidden_size * (2 * width + 3 * config.intermediate_size)
+    table = config.hidden_size * config.vocab_size
+
+    def cost(stage, start, stop):
+        return (stop - start) * layer + table * (stage == 0) + table * (stage == stages - 1)
+
+    # best[stop]: the smallest largest cost of the stages so far, which end before layer `stop`.
+    best = {0: (0, [])}
+    for stage in range(stages):
+        reached = {}
+        for start, (largest, ends) in best.items():
+            for stop in range(start + 1, layers + 1):
+                found = max(largest, cost(stage, start, stop)), [*ends, range(start, stop)]
+                if stop not in reached or found[0] < reached[stop][0]:
+                    reached[stop] = found
+        best = reached
+    return best[layers][1]
+
+
+def apply_pipeline_parallel(model, group):
+    """Leave of a model on the meta device what this rank's stage computes.
+
+    A stage is called like the whole model; what it lacks passes on what it is given. So the first
+    one takes tokens, the others activations; the last one returns the loss, the others activations.
+    """
+    if group.size == 1:
+        return
+    mine = deal_layers(model.model.config, group.size)[group.rank]
+    for name in list(model.model.layers):
+        if int(name) not in mine:
+            del model.model.layers[name]
+    if not group.is_first:
+        model.model.embed_tokens = nn.Identity()
+    if not group.is_last:
+        model.model.norm = model.lm_head = nn.Identity()
+        model.cross_entropy = lambda activations, targets: activations
+    if model.model.config.tie_word_embeddings:
+        # The first and the last stage hold the same weight, and will add up its gradients. A stage
+        # in between makes a group too, of itself: torch names groups by how many there are.
+        ends = (group.ranks[0], group.ranks[-1])
+        own = group.ranks[group.rank]
+        ranks = ends if own in ends else (own,)
+        handle = dist.new_group(ranks, use_local_synchronization=True)
+        for weight in model.parameters():
+            if weight.global_name == "model.embed_tokens.weight":
+                weight.shared = pg.Group("ends", ends, int(group.is_last), handle)
+                weight.counted &= group.is_first
+
+
+def sum_shared_gradients(parameters):
+    """Add up the gradients of a weight that two stages hold."""
+    for parameter in parameters:
+        if hasattr(parameter, "shared"):
+            pg.all_reduce(parameter.grad, parameter.shared)
+
+
+class Stage:
+    """A rank's part of the model, and its way of talking to the stages before and after."""
+
+    def __init__(self, args, model, group, engine, device):
+        self.model, self.engine, self.device, self.group = model, engine, device, group
+        self.before = None if group.is_first else group.previous
+        self.after = None if group.is_last else group.next
+        parts = args.cp_size * (args.tp_size if args.sequence_parallel else 1)
+        self.shape = args.micro_batch_size, args.seq_len // parts, args.config.hidden_size
+        self.micro_batches = args.gradient_accumulation_steps
+        # One stage alone: each micro-batch goes backward at once, as without a pipeline.
+        self.schedule = args.pp_engine if group.size > 1 else "1f1b"
+        self.timeline = Timeline(args.timeline, device)
+        self.alive = collections.deque()  # (input, output) of what has not gone backward yet
+        self.sending = []  # handles, with the tensors that they send
+
+    def run(self, micro_batches, targets_in_all, backward):
+        """Train on a step's micro-batches, or with backward false only look at some.
+
+        Returns the sum of their losses, each divided by targets_in_all, as a float64 scalar; zero
+        on all stages but the last.
+        """
+        self.total = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.targets_in_all, self.went_backward = targets_in_all, 0
+        if backward:
+            SCHEDULES[self.schedule](self, micro_batches)
+        else:
+            for micro_batch in micro_batches:
+                all_forward(self, [micro_batch])
+                self.alive.clear()  # at once: nothing will go backward
+        self.finish_sends()
+        return self.total
+
+    def finish_sends(self):
+        for handle, _ in self.sending:
+            handle.wait()
+        self.sending.clear()
+
+    def forward(self, x, micro_batch):
+        """Activations [batch, seq / cp, hidden] to the next ones; tokens if first, loss if last."""
+        tokens, targets, positions = micro_batch
+        x = tokens if x is None else x.requires_grad_()
+        with self.timeline.span("forward"):
+            out = self.model(x, targets, positions)
+            if self.group.is_last:
+                out = out / self.targets_in_all
+                self.total += out.detach()
+        self.alive.append((x, out))
+        return out.detach()
+
+    def backward(self, grad):
+        """The gradient of the input from that of the output, of the oldest micro-batch alive.
+
+        Gradients of weights are thus added in the order of a run without a pipeline.
+        """
+        x, out = self.alive.popleft()
+        self.went_backward += 1
+        self.engine.last_backward = self.went_backward == self.micro_batches
+        with self.timeline.span("backward"):
+            out.backward(grad)
+        return x.grad
+
+    def talk(self, peer, send=None, receive=False):
+        """Send to a neighbour, receive from it, or both at once; beyond the ends there is none.
+
+        What is received is waited for; a send alone only before the next one is sent alone.
+        """
+        if peer is None:
+            return None
+        sends = [] if send is None else [(send.contiguous(), peer)]
+        if not receive:
+            self.finish_sends()  # of the one before; its memory is free then
+            self.sending = [(handle, sends) for handle in pg.exchange(self.group, sends)]
+            return None
+        arriving = torch.empty(self.shape, dtype=self.model.model.dtype, device=self.device)
+        with self.timeline.span("wait"):
+            for handle in pg.exchange(self.group, sends, [(arriving, peer)]):
+                handle.wait()
+        return arriving
+
+
+def all_forward(stage, micro_batches):
+    for micro_batch in micro_batches:
+        x = stage.talk(stage.before, receive=True)
+        stage.talk(stage.after, send=stage.forward(x, micro_batch))
+
+
+def all_forward_all_backward(stage, micro_batches):
+    """AFAB: the activations of all micro-batches are alive at once."""
+    all_forward(stage, micro_batches)
+    while stage.alive:
+        grad = stage.talk(stage.after, receive=True)
+        stage.talk(stage.before, send=stage.backward(grad))
+
+
+def one_forward_one_backward(stage, micro_batches):
+    """1F1B: a stage runs ahead only as far as its micro-batches need to reach the end and return.
+
+    In between a neighbour has something for this stage whenever this stage has something for it,
+    so both are posted together: one after the other, each would wait for the other's receive.
+    """
+    micro_batches = iter(micro_batches)
+    ahead = min(stage.group.size - 1 - stage.group.rank, stage.micro_batches)
+    steady = stage.micro_batches - ahead
+    for _ in range(ahead):  # warm-up
+        x = stage.talk(stage.before, receive=True)
+        stage.talk(stage.after, send=stage.forward(x, next(micro_batches)))
+    x = stage.talk(stage.before, receive=True) if steady else None
+    for left in reversed(range(steady)):
+        out = stage.forward(x, next(micro_batches))
+        grad = stage.talk(stage.after, send=out, receive=True)
+        x = stage.talk(stage.before, send=stage.backward(grad), receive=left > 0)
+    for _ in range(ahead):  # cool-down
+        grad = stage.talk(stage.after, receive=True)
+        stage.talk(stage.before, send=stage.backward(grad))
+
+
+SCHEDULES = {"afab": all_forward_all_backward, "1f1b": one_forward_one_backward}
+
+
+def pipeline_parallel_traffic(args, group, parameters):
+    """What this stage sends in a step: rows of (axis, collective, calls, bytes)."""
+    number = {"bfloat16": 2, "float32": 4, "float64": 8}[args.dtype]
+    parts = args.cp_size * (args.tp_size if args.sequence_parallel else 1)
+    size = args.micro_batch_size * args.seq_len // parts * args.config.hidden_size * number
+    ways = (not group.is_first) + (not group.is_last)  # gradients back, activations on
+    rows = [("pp", "send", ways * args.gradient_accumulation_steps, size)] if ways else []
+    shared = [p for p in parameters if hasattr(p, "shared")]
+    return rows + [("ends", "all_reduce", 1, parameter.nbytes) for parameter in shared]

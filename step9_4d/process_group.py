@@ -1,0 +1,257 @@
+"""Many processes: a mesh of ranks, its groups, and the collectives that run on them.
+
+A mesh is an array of ranks with one dim per kind of parallelism, `pp × dp × cp × tp`. All ranks
+that differ along one axis only form a group; a group's collectives are the whole of communication.
+tp varies fastest, so the group that talks most sits on the closest devices.
+Source: Megatron-LM (arXiv:2104.04473), section 3.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ReduceOp
+
+from errors import UserError
+from ledger import record
+
+AXES = ("pp", "dp", "cp", "tp")  # slowest first
+# torch 2.13 calls the second of each by the first, and warns.
+gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+scatter_into = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+def init_processes(device_type):
+    """Join the world that `torchrun` describes; plain `python` is a world of one.
+
+    Returns this rank's device: a GPU of its own on CUDA (NCCL), the CPU otherwise (gloo).
+    """
+    # Long, because the others wait while the first rank tokenises; the launcher, not this, ends
+    # the job when a rank dies.
+    options = {"backend": "gloo", "timeout": timedelta(hours=1)}
+    device = torch.device(device_type)
+    if device_type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        options.update(backend="nccl", device_id=device)
+    if "RANK" not in os.environ:
+        options.update(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(**options)
+    return device
+
+
+def world_size():
+    """The number of processes, known before they have joined."""
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+
+
+def check_world(device_type, tp=1, cp=1, dp=1, pp=1):
+    """Raise UserError unless the processes started are as many as the layout and the GPUs take."""
+    if tp * cp * dp * pp != world_size():
+        raise UserError(
+            f"tp_size {tp} x cp_size {cp} x dp_size {dp} x pp_size {pp} = {tp * cp * dp * pp} "
+            f"ranks, but {world_size()} started: change a size or torchrun's --nproc_per_node"
+        )
+    here, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if device_type == "cuda" and here > devices:
+        raise UserError(
+            f"--device cuda: {here} processes for {devices} CUDA devices on this machine; lower "
+            "torchrun's --nproc_per_node or use --device cpu"
+        )
+
+
+def finish():
+    """Leave the world together: a rank that goes first would break its neighbours' connections."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks of one line through the mesh, and this rank's place among them."""
+
+    axis: str  # "tp", or "dp_cp" for axes taken together
+    ranks: tuple  # global ranks in order
+    rank: int  # place of this rank in `ranks`
+    handle: object  # the torch.distributed group; None for a group of one
+
+    @property
+    def size(self):
+        return len(self.ranks)
+
+    @property
+    def is_first(self):
+        return self.rank == 0
+
+    @property
+    def is_last(self):
+        return self.rank == self.size - 1
+
+    @property
+    def next(self):
+        """Global rank of the neighbour after this one; a ring, so the last one's is the first."""
+        return self.ranks[(self.rank + 1) % self.size]
+
+    @property
+    def previous(self):
+        """Global rank of the neighbour before this one; the first one's is the last."""
+        return self.ranks[self.rank - 1]
+
+
+class Mesh:
+    """All ranks as an array [pp, dp, cp, tp], cut into groups along any axis or set of axes."""
+
+    def __init__(self, tp=1, cp=1, dp=1, pp=1):
+        self.rank = dist.get_rank()
+        self.grid = torch.arange(dist.get_world_size()).view(pp, dp, cp, tp)
+        self.sizes = dict(zip(AXES, self.grid.shape, strict=True))
+        self.groups = {}
+
+    @property
+    def world(self):
+        """All ranks; the first of them speaks for all."""
+        handle = dist.group.WORLD
+        return Group("world", tuple(range(self.grid.numel())), self.rank, handle)
+
+    def group(self, *axes):
+        """The ranks that differ from this one along `axes` only, made when first asked for.
+
+        `group("tp")` is one line; `group("dp", "cp")` holds all that see other data, and
+        `group("pp", "tp")` all that hold other parts of the model. Every rank must ask for the same
+        groups in the same order.
+        """
+        axes = tuple(axis for axis in AXES if axis in axes)
+        if axes not in self.groups:
+            dims = [AXES.index(axis) for axis in axes]
+            count = [self.grid.shape[dim] for dim in dims]
+            lines = self.grid.movedim(dims, list(range(-len(dims), 0)))
+            lines = lines.reshape(-1, torch.Size(count).numel()).tolist()
+            ranks = next(line for line in lines if self.rank in line)
+            # Each rank makes its own line only, without a barrier of the whole world.
+            handle = dist.new_group(ranks, use_local_synchronization=True) if ranks[1:] else None
+            self.groups[axes] = Group("_".join(axes), tuple(ranks), ranks.index(self.rank), handle)
+        return self.groups[axes]
+
+    def __str__(self):
+        """The mesh as text: a line for each (pp, dp, cp), a column for each tp rank."""
+        shape = " x ".join(f"{axis} {size}" for axis, size in self.sizes.items())
+        lines = [f"{self.grid.numel()} ranks = {shape}, {dist.get_backend()}"]
+        for (pp, dp, cp), row in zip(
+            torch.cartesian_prod(*map(torch.arange, self.grid.shape[:3])).tolist(),
+            self.grid.flatten(0, 2).tolist(),
+            strict=True,
+        ):
+            cells = " ".join(f"{rank:3d}" for rank in row)
+            lines.append(f"  pp {pp} dp {dp} cp {cp} | {cells}")
+        return "\n".join(lines)
+
+
+class Done:
+    """The handle of a collective on a group of one: nothing to do, nothing to count."""
+
+    def wait(self):
+        pass
+
+
+def assert_contiguous(collective, x):
+    """Refuse a slice: gloo writes as if memory were dense, over the neighbouring elements."""
+    assert x.is_contiguous(), f"{collective} of a slice: shape {x.shape}, strides {x.stride()}"
+
+
+def all_reduce(x, group, op=ReduceOp.SUM, async_op=False):
+    """Replace x, in place on every rank, by the sum over the group.
+
+    Returns x, or with async_op a handle to `wait()` for.
+    """
+    assert_contiguous("all_reduce", x)
+    if group.size == 1:
+        return Done() if async_op else x
+    record(group.axis, "all_reduce", x.nbytes)
+    work = dist.all_reduce(x, op=op, group=group.handle, async_op=async_op)
+    return work if async_op else x
+
+
+def all_gather(x, group, out=None, async_op=False):
+    """Join the x of all ranks along dim 0: [n, ...] -> [size * n, ...].
+
+    Returns the result, in `out` if given, which x may be a part of; or with async_op (result,
+    handle).
+    """
+    assert_contiguous("all_gather", x)
+    out, work = x if out is None else out, Done()
+    if group.size > 1:
+        if out is x:
+            out = x.new_empty(group.size * x.shape[0], *x.shape[1:])
+        record(group.axis, "all_gather", out.nbytes)
+        work = gather_into(out, x, group=group.handle, async_op=async_op)
+    return (out, work) if async_op else out
+
+
+def reduce_scatter(x, group, async_op=False):
+    """Sum x over the group and keep this rank's part of dim 0: [size * n, ...] -> [n, ...].
+
+    Returns the result, or with async_op (result, handle).
+    """
+    assert_contiguous("reduce_scatter", x)
+    out, work = x, Done()
+    if group.size > 1:
+        assert x.shape[0] % group.size == 0, f"{x.shape[0]} rows for {group.size} ranks"
+        out = x.new_empty(x.shape[0] // group.size, *x.shape[1:])
+        record(group.axis, "reduce_scatter", x.nbytes)
+        work = scatter_into(out, x, group=group.handle, async_op=async_op)
+    return (out, work) if async_op else out
+
+
+def broadcast(x, group, source=0):
+    """Replace x, in place on every rank, by that of the group's rank `source`."""
+    assert_contiguous("broadcast", x)
+    if group.size > 1:
+        record(group.axis, "broadcast", x.nbytes)
+        dist.broadcast(x, group=group.handle, src=group.ranks[source])
+    return x
+
+
+def exchange(group, send=(), receive=()):
+    """Post sends and receives together, so that no rank waits for another's order.
+
+    send, receive: lists of (tensor, global rank of the peer). Returns the handles to `wait()` for;
+    between two ranks messages arrive in the order in which they were sent.
+    """
+    if group.size == 1:
+        for (x, _), (out, _) in zip(send, receive, strict=True):
+            out.copy_(x)
+        return []
+    operations = []
+    for collective, posted in ((dist.isend, send), (dist.irecv, receive)):
+        for x, peer in posted:
+            assert_contiguous(collective.__name__, x)
+            operations.append(dist.P2POp(collective, x, peer, group.handle))
+    for x, _ in send:
+        record(group.axis, "send", x.nbytes)
+    return dist.batch_isend_irecv(operations) if operations else []
+
+
+def from_first(group, make):
+    """Call `make` on the group's first rank only; every rank returns its result (an object).
+
+    An exception there is raised on every rank, so that none is left waiting.
+    """
+    result = [None, None]
+    if group.is_first:
+        try:
+            result[0] = make()
+        except Exception as error:
+            result[1] = error
+    if group.size > 1:
+        dist.broadcast_object_list(result, src=group.ranks[0], group=group.handle)
+    if result[1] is not None:
+        raise result[1]
+    return result[0]
+
+
+def max_over_ranks(numbers, world, device):
+    """The largest of each of some numbers over all ranks, float64 [count] on the device."""
+    numbers = torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
+    return all_reduce(numbers, world, ReduceOp.MAX)

@@ -1,0 +1,300 @@
+"""Tensor parallelism: every matrix of a layer is dealt out over the ranks of a group.
+
+The first matrices of attention and MLP (q, k, v; gate, up) are cut by rows, so that each rank
+computes some of the heads and some of the intermediate features; the last one (o; down) is cut by
+columns, so that each rank has a share of a sum. That sum is the one collective in between: two a
+layer forward, two backward. Source: Megatron-LM (arXiv:1909.08053), section 3.
+
+With sequence parallelism what lies between these blocks (norms, residuals) is dealt out by tokens:
+each all-reduce becomes a reduce-scatter and an all-gather. Source: arXiv:2205.05198, section 4.2.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import process_group as pg
+from errors import UserError
+from rms_norm import rms_norm
+
+
+def check_tensor_parallel(args):
+    """Raise UserError unless the ranks of a tensor-parallel group can share the model evenly."""
+    tp, config = args.tp_size, args.config
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if (size := getattr(config, name)) % tp:
+            raise UserError(f"--tp_size {tp} with --{name} {size}: choose a divisor of it")
+    if config.vocab_size < tp:
+        raise UserError(f"--tp_size {tp} with --vocab_size {config.vocab_size}: lower the former")
+    if args.sequence_parallel and args.seq_len // args.cp_size % tp:
+        raise UserError(
+            f"--sequence_parallel with --tp_size {tp}: --seq_len {args.seq_len} / --cp_size "
+            f"{args.cp_size} is not a multiple of it; choose one that is"
+        )
+
+
+# Between the blocks x is [batch, seq, hidden] on every rank, or with sequence parallelism
+# [batch, seq / tp, hidden]. Which tokens a rank has does not matter there, for nothing mixes them:
+# so the batch is cut as it lies in memory, and neither cutting nor joining copies anything.
+
+
+def cut(x, group):
+    """View x as the parts of all ranks: [batch, seq, hidden] -> [tp * batch, seq / tp, hidden]."""
+    return x.view(group.size * x.shape[0], x.shape[1] // group.size, x.shape[2])
+
+
+def joined(parts, group):
+    """Undo `cut`: [tp * batch, seq / tp, hidden] -> [batch, seq, hidden]."""
+    return parts.view(parts.shape[0] // group.size, parts.shape[1] * group.size, parts.shape[2])
+
+
+class AllReduce(torch.autograd.Function):
+    """All-reduce forward, identity backward: shares of a sum become the sum."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.mark_dirty(x)
+        return pg.all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class ReduceScatter(torch.autograd.Function):
+    """Reduce-scatter forward, all-gather backward: shares of a sum become a part of the sum."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return pg.reduce_scatter(cut(x, group), group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return joined(pg.all_gather(grad.contiguous(), ctx.group), ctx.group), None
+
+
+class SumGradient(torch.autograd.Function):
+    """Identity forward, all-reduce backward: a weight that each rank uses on tokens of its own."""
+
+    @staticmethod
+    def forward(ctx, weight, group):
+        ctx.group = group
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return pg.all_reduce(grad.contiguous(), ctx.group), None
+
+
+class ColumnParallel(torch.autograd.Function):
+    """y = x Wᵀ for several weights whose rows are dealt out. Identity forward, all-reduce backward.
+
+    With sequence parallelism all-gather forward, reduce-scatter backward; the gathered x is dropped
+    after use and gathered again for the weights' gradients.
+    """
+
+    @staticmethod
+    def forward(ctx, x, group, sequence_parallel, *weights):
+        ctx.group, ctx.sequence_parallel = group, sequence_parallel
+        ctx.save_for_backward(x, *weights)
+        if sequence_parallel:
+            x = joined(pg.all_gather(x, group), group)
+        return tuple(F.linear(x, weight.to(x.dtype)) for weight in weights)
+
+    @staticmethod
+    def backward(ctx, *grads):  # each [batch, seq, out / tp]
+        x, *weights = ctx.saved_tensors
+        if ctx.sequence_parallel:  # meanwhile the first products are computed
+            x, gathered = pg.all_gather(x, ctx.group, async_op=True)
+        # This rank's share of a sum: the other rows of the weights are elsewhere.
+        products = [g @ weight.to(g.dtype) for g, weight in zip(grads, weights, strict=True)]
+        grad_x = sum(products[1:], products[0])  # [batch, seq, in]
+        if ctx.sequence_parallel:
+            gathered.wait()
+            x = joined(x, ctx.group)
+            grad_x, summed = pg.reduce_scatter(cut(grad_x, ctx.group), ctx.group, async_op=True)
+        else:
+            summed = pg.all_reduce(grad_x, ctx.group, async_op=True)
+        # While it is being summed, the weights' gradients: they need no communication.
+        grads = [g.flatten(0, 1).T @ x.flatten(0, 1) for g in grads]  # [out / tp, in]
+        summed.wait()
+        return grad_x, None, None, *(grad.to(weights[0].dtype) for grad in grads)
+
+
+def part(weight, dim, group):
+    """This rank's share of a meta weight along a dim; shares differ by one where it is not even."""
+    size = weight.shape[dim]
+    start, stop = (size * place // group.size for place in (group.rank, group.rank + 1))
+    held = tuple(slice(start, stop) if i == dim else s for i, s in enumerate(weight.held))
+    share = nn.Parameter(weight.detach()[held])
+    share.__dict__.update(weight.__dict__, held=held)
+    return share
+
+
+# The compiler would trace into a collective, and can neither overlap nor count it. So layers are
+# compiled up to the functions that communicate, and from there on.
+@torch.compiler.disable
+def project(x, *linears):
+    """The products of several column-parallel layers with the one x that they share, a tuple.
+
+    Their gradients for x are added on each rank first: one all-reduce for all of them.
+    """
+    group, sequence_parallel = linears[0].group, linears[0].sequence_parallel
+    return ColumnParallel.apply(x, group, sequence_parallel, *(lin.weight for lin in linears))
+
+
+@torch.compiler.disable
+def communicate(function, x, group):
+    return function.apply(x, group)
+
+
+class ColumnParallelLinear(nn.Module):
+    """A linear layer with the rows of its weight dealt out: [..., in] -> [..., out / tp]."""
+
+    def __init__(self, linear, group, sequence_parallel):
+        super().__init__()
+        self.weight = part(linear.weight, 0, group)
+        self.group, self.sequence_parallel = group, sequence_parallel
+
+    def forward(self, x):
+        return project(x, self)[0]
+
+
+class RowParallelLinear(nn.Module):
+    """A linear layer with the columns of its weight dealt out: [..., in / tp] -> [..., out]."""
+
+    def __init__(self, linear, group, sequence_parallel):
+        super().__init__()
+        self.weight = part(linear.weight, 1, group)
+        self.group, self.sum = group, ReduceScatter if sequence_parallel else AllReduce
+
+    def forward(self, x):
+        return communicate(self.sum, F.linear(x, self.weight.to(x.dtype)), self.group)
+
+
+class VocabularyParallelEmbedding(nn.Module):
+    """Rows of the table dealt out; a token finds its row on one rank and zeros on the others."""
+
+    def __init__(self, embedding, group, sequence_parallel):
+        super().__init__()
+        self.weight = part(embedding.weight, 0, group)
+        self.group, self.sum = group, ReduceScatter if sequence_parallel else AllReduce
+
+    def forward(self, tokens):  # [batch, seq]
+        row, here = local_symbol(tokens, self.weight.held[0])
+        x = F.embedding(row, self.weight).masked_fill(~here[..., None], 0)
+        return communicate(self.sum, x, self.group)
+
+
+class SequenceParallelNorm(nn.Module):
+    """An RMSNorm over this rank's tokens; the gradient of its weight is that of all tokens."""
+
+    def __init__(self, norm, group, sequence_parallel):
+        super().__init__()
+        self.weight, self.eps, self.group = norm.weight, norm.eps, group
+
+    def forward(self, x):
+        return rms_norm(x, communicate(SumGradient, self.weight, self.group), self.eps)
+
+
+def local_symbol(symbols, held):
+    """Where symbols are in this rank's slice of the vocabulary (0 if elsewhere), and whether."""
+    here = (symbols >= held.start) & (symbols < held.stop)
+    return (symbols - held.start).where(here, 0), here
+
+
+class VocabularyParallelCrossEntropy(torch.autograd.Function):
+    """Summed negative log-likelihood where each rank has the logits of its symbols only.
+
+    logits: [batch, seq, vocab / tp]; targets: [batch, seq]; held: this rank's slice of the
+    vocabulary. All-gather of two numbers a token forward, no communication backward.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets, held, group):
+        x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        column, here = local_symbol(targets, held)
+        picked = x.gather(-1, column[..., None])[..., 0].where(here, 0)  # [batch, seq]
+        parts = torch.stack([x.logsumexp(-1), picked])
+        parts = pg.all_gather(parts[None], group)  # [tp, 2, batch, seq]
+        log_sum, picked = parts[:, 0].logsumexp(0), parts[:, 1].sum(0)
+        ctx.save_for_backward(logits, column, here, log_sum)
+        return (log_sum - picked).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, column, here, log_sum = ctx.saved_tensors
+        probabilities = (logits.to(log_sum.dtype) - log_sum[..., None]).exp_()
+        hit = here[..., None].to(log_sum.dtype)
+        grad_logits = probabilities.scatter_add_(-1, column[..., None], -hit).mul_(grad)
+        return grad_logits.to(logits.dtype), None, None, None
+
+
+@torch.compiler.disable
+def cross_entropy(logits, targets, held, group):
+    return VocabularyParallelCrossEntropy.apply(logits, targets, held, group)
+
+
+PLAN = {
+    "embed_tokens": VocabularyParallelEmbedding,
+    **dict.fromkeys(["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], ColumnParallelLinear),
+    **dict.fromkeys(["o_proj", "down_proj"], RowParallelLinear),
+    "lm_head": ColumnParallelLinear,
+    # with sequence parallelism only
+    **dict.fromkeys(["input_layernorm", "post_attention_layernorm", "norm"], SequenceParallelNorm),
+}
+
+
+def apply_tensor_parallel(model, group, sequence_parallel=False):
+    """Let a model on the meta device hold and compute this rank's share; a group of one does all.
+
+    Every parameter gets `counted`: whether this rank's copy is the one in the gradient norm.
+    """
+    if group.size > 1:
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if name in PLAN and (sequence_parallel or PLAN[name] is not SequenceParallelNorm):
+                    setattr(parent, name, PLAN[name](child, group, sequence_parallel))
+            if hasattr(parent, "project"):
+                parent.project = project
+        if model.model.config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        held = model.lm_head.weight.held[0]
+        model.cross_entropy = functools.partial(cross_entropy, held=held, group=group)
+    for weight in model.parameters():
+        weight.counted = group.is_first or weight.shape != weight.full_shape
+
+
+def tensor_parallel_traffic(args, model):
+    """What the group sends in a step: rows of (axis, collective, calls, bytes)."""
+    if args.tp_size == 1:
+        return []
+    # Of what this rank has: layers, and whether the two tables (until step 7, both).
+    steps, layers = args.gradient_accumulation_steps, len(model.model.layers)
+    embedding, head = (hasattr(x, "weight") for x in (model.model.embed_tokens, model.lm_head))
+    tokens = args.micro_batch_size * args.seq_len // args.cp_size
+    weight = 8 if args.dtype == "float64" else 4  # bytes of one, and of what accumulates
+    number = 2 if args.dtype == "bfloat16" else weight
+    whole, table = (tokens * args.config.hidden_size * size for size in (number, weight))
+
+    # Forward o, down (and the embedding), backward qkv, gate-up and the head; o once more if a
+    # layer is recomputed, which ends before down's.
+    sums = (4 + args.activation_checkpointing) * layers + head
+    loss = ("tp", "all_gather", steps * head, 2 * tokens * weight * args.tp_size)
+    if not args.sequence_parallel:
+        row = ("tp", "all_reduce")
+        return [(*row, steps * sums, whole), (*row, steps * embedding, table), loss]
+    # Before qkv, gate-up and the head (twice if recomputed), again for their weights' gradients,
+    # and for the gradients of o and down.
+    gathers = (6 + 2 * args.activation_checkpointing) * layers + 2 * head
+    return [
+        ("tp", "reduce_scatter", steps * sums, whole),
+        ("tp", "all_gather", steps * gathers, whole),
+        ("tp", "reduce_scatter", steps * embedding, table),
+        ("tp", "all_gather", steps * embedding, table),
+        ("tp", "all_reduce", steps * (2 * layers + head), args.config.hidden_size * weight),
+        loss,
+    ]

@@ -1,0 +1,296 @@
+"""Train a Llama whose matrices, sequences, batches and layers are dealt out over ranks.
+
+torchrun --nproc_per_node 8 train.py --tp_size 2 --dp_size 2 --pp_size 2 --checkpoint_dir runs/1
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+
+import process_group as pg
+from checkpoint import check_checkpoints, listen, load, save_if_due
+from config_file import parse_with_file, write_config
+from context_parallel import (
+    apply_context_parallel,
+    check_context_parallel,
+    context_parallel_traffic,
+    zigzag_positions,
+)
+from corpus import load_tokens, local_files
+from data_parallel import Naive
+from dataloader import Batches
+from errors import (
+    ArgumentParser,
+    UserError,
+    check_writable,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    stop,
+)
+from huggingface import load_checked_config, load_hf, save_hf
+from ledger import communication_ledger, report_traffic
+from metrics import Metrics, flops_per_token, peak_memory_gb
+from model import Llama, materialize
+from optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
+from pipeline_parallel import (
+    SCHEDULES,
+    Stage,
+    apply_pipeline_parallel,
+    check_pipeline_parallel,
+    pipeline_parallel_traffic,
+    sum_shared_gradients,
+)
+from tensor_parallel import apply_tensor_parallel, check_tensor_parallel, tensor_parallel_traffic
+from zero import ENGINES, data_parallel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def parse_args(argv):
+    """Read the command line and check all that can be checked before any work; raises UserError."""
+    parser = ArgumentParser(description=__doc__, allow_abbrev=False)
+    # model
+    parser.add_argument("--model_name", default="debug", help="preset, directory or hub id")
+    parser.add_argument("--num_hidden_layers", type=positive_int)
+    parser.add_argument("--num_attention_heads", type=positive_int)
+    parser.add_argument("--num_key_value_heads", type=positive_int)
+    parser.add_argument("--hidden_size", type=positive_int)
+    parser.add_argument("--intermediate_size", type=positive_int)
+    parser.add_argument("--vocab_size", type=positive_int)
+    parser.add_argument("--tie_word_embeddings", choices=["config", "yes", "no"], default="config")
+    # data
+    parser.add_argument("--dataset_name", default="python-stdlib", help="file, folder or hub id")
+    parser.add_argument("--dataset_config", help="of a data set on the hub")
+    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--tokenizer_name", help="bytes, directory or hub id; default: the model's")
+    parser.add_argument("--num_proc", type=positive_int, default=1, help="tokenising processes")
+    parser.add_argument("--num_workers", type=non_negative_int, help="default: 2 on CUDA, else 0")
+    # batch and optimizer
+    parser.add_argument("--seq_len", type=positive_int, default=128, help="tokens a sequence")
+    parser.add_argument("--micro_batch_size", type=positive_int, default=4, help="sequences")
+    parser.add_argument("--gradient_accumulation_steps", type=positive_int, default=1)
+    parser.add_argument("--max_tokens", type=positive_int, default=400_000, help="to train on")
+    parser.add_argument("--learning_rate", type=positive_float, default=3e-4)
+    parser.add_argument("--warmup_steps", type=non_negative_int, default=20)
+    parser.add_argument("--weight_decay", type=non_negative_float, default=0.1)
+    parser.add_argument("--max_grad_norm", type=positive_float, default=1.0, help="inf: no clip")
+    parser.add_argument("--seed", type=non_negative_int, default=42)
+    # machine
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else float32")
+    parser.add_argument("--compile", nargs="?", const="inductor", choices=["inductor", "aot_eager"])
+    parser.add_argument("--activation_checkpointing", action="store_true")
+    # layout
+    parser.add_argument("--tp_size", type=positive_int, default=1, help="ranks that share a layer")
+    parser.add_argument("--sequence_parallel", action="store_true", help="and what is between them")
+    parser.add_argument("--cp_size", type=positive_int, default=1, help="ranks for a sequence")
+    parser.add_argument("--dp_size", type=positive_int, default=1, help="ranks for a batch")
+    parser.add_argument("--dp_engine", choices=ENGINES, default="bucket")
+    parser.add_argument("--pp_size", type=positive_int, default=1, help="ranks for the layers")
+    parser.add_argument("--pp_engine", choices=SCHEDULES, default="1f1b")
+    # a run that lasts
+    parser.add_argument("--config", help="a JSON file of flags; one given here wins")
+    parser.add_argument("--checkpoint_dir", help="checkpoints of this run go here")
+    parser.add_argument("--save_every", type=positive_int, help="steps; always at the end")
+    parser.add_argument("--keep_last", type=positive_int, default=3, help="older ones are deleted")
+    parser.add_argument("--resume", help="auto: the latest, if there is one; or a directory")
+    parser.add_argument("--load_hf", help="start from a Hugging Face directory")
+    parser.add_argument("--save_hf", help="write one at the end")
+    parser.add_argument("--eval_every", type=positive_int, help="steps between held-out losses")
+    # reports
+    parser.add_argument("--run_name", help="of the run in Weights & Biases")
+    parser.add_argument("--use_wandb", action="store_true")
+    parser.add_argument("--comm_ledger", action="store_true", help="count one step's traffic")
+    parser.add_argument("--timeline", help="a trace of what each rank did when goes here")
+    parser.add_argument("--metrics_file", help="one line of JSON a step goes here")
+    args = parse_with_file(parser, argv)
+
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
+    pg.check_world(args.device, args.tp_size, args.cp_size, args.dp_size, args.pp_size)
+    if args.metrics_file is not None:
+        check_writable("--metrics_file", args.metrics_file)
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    args.config = load_checked_config(args)
+    check_context_parallel(args)
+    check_tensor_parallel(args)
+    check_pipeline_parallel(args)
+    local_files(args.dataset_name)  # raises for a path that is not there
+    if args.num_workers is None:
+        args.num_workers = 2 if args.device == "cuda" else 0
+    sequences = args.micro_batch_size * args.gradient_accumulation_steps * args.dp_size
+    args.tokens_per_step = sequences * args.seq_len
+    args.total_steps = -(-args.max_tokens // args.tokens_per_step)  # rounded up
+    check_checkpoints(args)
+    return args
+
+
+@dataclass
+class State:
+    """All that a run is: what a step reads and what it changes."""
+
+    args: object
+    device: torch.device
+    mesh: pg.Mesh
+    model: Llama
+    engine: Naive  # or one that extends it
+    stage: Stage
+    parameters: list  # what the optimizer works on
+    optimizer: torch.optim.Optimizer
+    data: Batches
+    step: int = 0
+    asked_to_stop: bool = False  # this rank, by a signal
+    stop: bool = False  # after this step, as all ranks know
+
+
+def setup(args):
+    """Build everything a run needs; the state before its first step."""
+    device = pg.init_processes(args.device)
+    mesh = pg.Mesh(args.tp_size, args.cp_size, args.dp_size, args.pp_size)
+    tokens = load_tokens(args, mesh.world, device)  # before the model: it may find a wrong name
+
+    with torch.device("meta"):  # no memory yet: a rank will hold only its own part
+        model = Llama(args.config, DTYPES[args.dtype], args.activation_checkpointing)
+    apply_tensor_parallel(model, mesh.group("tp"), args.sequence_parallel)
+    apply_context_parallel(model, mesh.group("cp"))
+    apply_pipeline_parallel(model, mesh.group("pp"))
+    loads = args.resume or args.load_hf
+    materialize(model, None if loads else args.seed, device)
+    if args.load_hf and not args.resume:
+        load_hf(model, args.load_hf)
+    if args.compile:
+        model.compile_layers(args.compile)
+
+    engine = data_parallel(args.dp_engine, model, mesh.group("dp", "cp"))
+    stage = Stage(args, model, mesh.group("pp"), engine, device)
+    parameters = engine.parameters
+    optimizer = build_optimizer(parameters, args.learning_rate, args.weight_decay)
+    positions = zigzag_positions(args.seq_len, mesh.group("cp"))
+    data = Batches(args, tokens, device, positions, mesh.group("dp"))
+    state = State(args, device, mesh, model, engine, stage, parameters, optimizer, data)
+    if args.resume:
+        load(state)
+    return state
+
+
+def mean_loss(state, micro_batches, targets_in_all, backward):
+    """The mean loss of some micro-batches, a float64 scalar; with backward, adds its gradient.
+
+    targets_in_all: of all micro-batches together. Each one's sum is divided by it, so that the
+    sum of the gradients is the gradient of the mean.
+    """
+    total = state.stage.run(micro_batches, targets_in_all, backward)
+    return pg.all_reduce(total, state.mesh.group("pp", "dp", "cp"))
+
+
+def forward_backward(state):
+    """Add one step's gradients to the parameters; returns the mean loss, a scalar."""
+    micro_batches = state.data.micro_batches(state.step)
+    loss = mean_loss(state, micro_batches, state.args.tokens_per_step, backward=True)
+    state.engine.finish_gradients()
+    sum_shared_gradients(state.parameters)
+    return loss
+
+
+def evaluate(state):
+    """Mean loss over the sequences of `Batches.evaluation`, a number.
+
+    Autograd stays on, so that compiled layers need no second version; its graph is dropped.
+    """
+    targets = len(state.data.held_out) * state.args.seq_len
+    return mean_loss(state, state.data.evaluation(), targets, backward=False).item()
+
+
+def train_step(state):
+    """One update of the weights; returns what is reported of it.
+
+    step; loss, the mean over the step's targets; grad_norm before clipping; learning_rate; tokens
+    since the start; memory_gb, the peak so far. Raises UserError when the loss is not finite.
+    """
+    args = state.args
+    state.engine.zero_grad()
+    loss = forward_backward(state)
+    model_group = state.mesh.group("pp", "tp", *state.engine.axes)
+    grad_norm = gradient_norm(state.parameters, state.model.parameter_names, model_group)
+    clip_gradients(state.parameters, args.max_grad_norm, grad_norm)
+
+    state.step += 1
+    learning_rate = learning_rate_at(state.step, args)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
+    state.optimizer.step()
+    state.engine.finish_update()
+    own = [peak_memory_gb(state.device), state.asked_to_stop]
+    maxima = pg.max_over_ranks(own, state.mesh.world, state.device)
+    # The only place where the host waits for the device.
+    loss, grad_norm, memory, asked = torch.stack([loss, grad_norm, *maxima]).tolist()
+    state.stop = asked > 0
+    if not math.isfinite(loss + grad_norm):
+        raise UserError(
+            f"loss {loss}, gradient norm {grad_norm} at step {state.step}: lower --learning_rate "
+            f"{args.learning_rate} or raise --warmup_steps {args.warmup_steps}"
+        )
+    return {
+        "step": state.step,
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "learning_rate": learning_rate,
+        "tokens": state.step * args.tokens_per_step,
+        "memory_gb": memory,
+    }
+
+
+def predicted_traffic(state):
+    """What the formulas of all lessons say of a step: rows of (axis, collective, calls, bytes)."""
+    model_group = state.mesh.group("pp", "tp", *state.engine.axes)
+    data_group = state.mesh.group("pp", "dp", "cp")
+    report = report_traffic(state.mesh, model_group, data_group, len(state.model.parameter_names))
+    report += context_parallel_traffic(state.args, state.model)
+    report += pipeline_parallel_traffic(state.args, state.mesh.group("pp"), state.parameters)
+    report += state.engine.traffic(state.args.gradient_accumulation_steps)
+    return report + tensor_parallel_traffic(state.args, state.model)
+
+
+def main(args):
+    state = setup(args)
+    listen(state)
+    world, flops = state.mesh.world, flops_per_token(state.model, args.seq_len)
+    metrics = Metrics(args, state.device, flops, world.size)
+    pg.from_first(world, lambda: (metrics.open(state.step), write_config(args)))
+    if speaks := world.is_first:
+        print(state.mesh)
+    counting = args.comm_ledger  # in the first step
+    while state.step < args.total_steps and not state.stop:
+        with communication_ledger(state.mesh, counting, predicted_traffic(state)):
+            result = train_step(state)
+        counting = False
+        with metrics.paused():
+            if args.eval_every and state.step % args.eval_every == 0:
+                result["held_out"] = evaluate(state)
+        if speaks:
+            metrics.log(result)
+        with metrics.paused():
+            save_if_due(state)
+    if not state.stop:
+        held_out = evaluate(state)
+        if speaks:
+            print(f"held-out loss {held_out:.4f}")
+        if args.save_hf:
+            save_hf(state, args.save_hf)
+    state.stage.timeline.write(world)
+    if speaks:
+        metrics.close()
+    pg.finish()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args(sys.argv[1:]))
+    except UserError as error:
+        stop(error)

@@ -1,0 +1,187 @@
+"""ZeRO: data parallelism in which each rank keeps a share of what the others keep too.
+
+    zero1    each rank updates a shard of the weights, and keeps the optimizer state of only that
+    zero2    and the gradients of only that
+    zero3    and the weights of only that; a layer is gathered when it is needed
+
+Sources: ZeRO (arXiv:1910.02054), section 5; FSDP (arXiv:2304.11277), section 3.
+"""
+
+import functools
+
+import torch
+
+import process_group as pg
+from data_parallel import Bucketed, Naive
+
+
+class Zero1(Bucketed):
+    """Each rank updates one shard of the weights, and keeps the optimizer state of only that.
+
+    An all-reduce is a reduce-scatter and an all-gather; the update now stands between the two.
+    """
+
+    axes = ("dp", "cp")
+
+    def __init__(self, model, group):
+        super().__init__(model, group)
+        self.parameters = [
+            piece
+            for bucket in self.buckets
+            for piece in bucket.pieces(bucket.shard, bucket.gradient_shard)
+        ]
+
+    def lay_out(self, bucket):
+        super().lay_out(bucket)
+        self.lay_out_shard(bucket, bucket.gradients[bucket.mine])
+
+    def lay_out_shard(self, bucket, gradient_shard):
+        """Put weights into a vector; what this rank updates is a shard of it, with a gradient."""
+        bucket.weights = bucket.vector(bucket.parameters)
+        for parameter, view in zip(bucket.parameters, bucket.views(bucket.weights), strict=True):
+            parameter.data = view
+        bucket.shard, bucket.gradient_shard = bucket.weights[bucket.mine], gradient_shard
+
+    def reduce(self, bucket):
+        return pg.reduce_scatter(bucket.gradients, self.group, async_op=True)
+
+    def reduced(self, bucket, shard):
+        bucket.gradient_shard.copy_(shard)
+
+    def finish_update(self):
+        handles = [self.gather(bucket) for bucket in self.buckets]
+        for handle in handles:
+            handle.wait()
+
+    def gather(self, bucket):
+        out, handle = pg.all_gather(bucket.shard, self.group, out=bucket.weights, async_op=True)
+        return handle
+
+    def traffic(self, micro_batches):
+        return self.rows("reduce_scatter", 1) + self.rows("all_gather", 1)
+
+    def rows(self, kind, calls):
+        return [(self.group.axis, kind, calls, bucket.nbytes) for bucket in self.buckets]
+
+
+class Zero2(Zero1):
+    """And keeps the gradients of only that shard: every micro-batch's are sent off at once."""
+
+    def lay_out(self, bucket):
+        self.lay_out_shard(bucket, bucket.parameters[0].new_zeros(bucket.share))
+
+    def zero_grad(self):
+        for bucket in self.buckets:
+            bucket.gradient_shard.zero_()
+
+    def on_gradient(self, bucket, parameter):
+        if bucket.arrived():
+            self.finish_gradients()  # of the bucket before: one at a time is in memory
+            self.running.append((bucket, *self.reduce(bucket)))
+
+    def reduce(self, bucket):
+        bucket.gradients = bucket.vector([parameter.grad for parameter in bucket.parameters])
+        for parameter in bucket.parameters:
+            parameter.grad = None
+        return super().reduce(bucket)
+
+    def reduced(self, bucket, shard):
+        bucket.gradient_shard += shard
+        bucket.gradients = None
+
+    def traffic(self, micro_batches):
+        return self.rows("reduce_scatter", micro_batches) + self.rows("all_gather", 1)
+
+
+class Zero3(Zero2):
+    """And keeps the weights of only that shard: a layer is whole while it computes.
+
+    A bucket is a layer; the next one is gathered meanwhile. What stands outside of the layers, the
+    embedding, the last norm and the head, is whole from the forward pass to its backward pass.
+    """
+
+    def __init__(self, model, group):
+        super().__init__(model, group)
+        count = len(model.model.layers)
+        self.layers, self.outside = self.buckets[:count], self.buckets[count:]
+        neighbours = zip([None, *self.layers], [*self.layers[1:], None], strict=False)
+        for bucket, layer in zip(self.layers, model.model.layers.values(), strict=True):
+            bucket.before, bucket.after = next(neighbours)
+            bucket.in_backward = False
+            layer.register_forward_pre_hook(functools.partial(self.before_forward, bucket))
+            layer.register_forward_hook(functools.partial(self.after_forward, bucket))
+        model.register_forward_pre_hook(self.before_model)
+        model.register_forward_hook(self.after_model)
+
+    def cut(self, model):
+        layers = [list(layer.parameters()) for layer in model.model.layers.values()]
+        inside = {parameter for layer in layers for parameter in layer}
+        return layers + [[p] for p in self.parameters if p not in inside]
+
+    def lay_out_shard(self, bucket, gradient_shard):
+        super().lay_out_shard(bucket, gradient_shard)
+        bucket.shard = bucket.shard.clone()
+        bucket.gathering = None
+        self.drop(bucket)
+
+    def fetch(self, *buckets, ahead):
+        """Have the weights of some buckets here, and those of another one on their way."""
+        for bucket in (*buckets, ahead):
+            if bucket is not None and bucket.gathering is None:
+                bucket.weights.untyped_storage().resize_(bucket.nbytes)
+                bucket.gathering = self.gather(bucket)
+        for bucket in buckets:
+            bucket.gathering.wait()
+
+    def drop(self, bucket):
+        """Free the memory of gathered weights; what points to it finds the next ones there."""
+        if bucket.gathering is not None:
+            bucket.gathering.wait()
+        bucket.gathering = None
+        bucket.weights.untyped_storage().resize_(0)
+
+    def before_model(self, model, inputs):
+        self.fetch(*self.outside, ahead=self.layers[0])
+
+    def after_model(self, model, inputs, output):
+        # In a pipeline other micro-batches may go backward in between, and drop them.
+        output.register_hook(lambda grad: self.fetch(*self.outside, ahead=self.layers[-1]))
+
+    @torch.compiler.disable
+    def before_forward(self, bucket, layer, inputs):
+        self.fetch(bucket, ahead=None if bucket.in_backward else bucket.after)
+
+    @torch.compiler.disable
+    def after_forward(self, bucket, layer, inputs, output):
+        if bucket.in_backward:  # recomputed by activation checkpointing: still needed
+            return
+        output.register_hook(functools.partial(self.before_backward, bucket))
+        if bucket.after is not None:  # backward begins with the last one
+            self.drop(bucket)
+
+    def before_backward(self, bucket, grad):
+        bucket.in_backward = True
+        self.fetch(bucket, ahead=bucket.before)
+
+    def reduce(self, bucket):
+        bucket.in_backward = False
+        self.drop(bucket)
+        return super().reduce(bucket)
+
+    def finish_update(self):
+        for bucket in self.buckets:  # what an evaluation left here is out of date
+            self.drop(bucket)
+
+    def traffic(self, micro_batches):
+        # Forward and backward; once for the last layer and what is outside, which stay in between.
+        gathers = self.rows("all_gather", micro_batches)
+        again = gathers[: len(self.layers) - 1]
+        return self.rows("reduce_scatter", micro_batches) + gathers + again
+
+
+ENGINES = {"naive": Naive, "bucket": Bucketed, "zero1": Zero1, "zero2": Zero2, "zero3": Zero3}
+
+
+def data_parallel(name, model, group):
+    """The engine of a name; for a group of one the simplest, as there is nothing to share."""
+    return (ENGINES[name] if group.size > 1 else Naive)(model, group)
