@@ -3,13 +3,19 @@
     python tests/convergence.py                                   # all runs below, float64
     python tests/convergence.py --dtype float32 --figure assets/convergence.png
     python tests/convergence.py "step4_tensor_parallel --tp_size 2 --micro_batch_size 8"
+    python tests/convergence.py --all-layouts                     # of all axes, gradients included
 
 Each RUN is a step's directory and flags of its layout. Every run is launched as a reader would,
 trains on the same global batch, and is compared with the first step's worth of code that reads
 data, `step3_dataloader` in one process. Prints a table; exits with 1 outside the bounds.
+
+With --all-layouts the last step is trained for two updates in float64 on every layout that
+`layouts.everything` lists, and its losses, norms, gradients and weights are compared with those of
+one process.
 """
 
 import argparse
+import contextlib
 import math
 import re
 import statistics
@@ -17,7 +23,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from harness import Run, World, differences, run_steps
 from launch import flag, launch, machine, ranks_of, sequences_of, table
+from layouts import AXES, everything, flags_of
+from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 BASELINE = "step3_dataloader"
@@ -43,6 +52,7 @@ LAYOUTS = [
     ),
     "step6_data_parallel --tp_size 2 --cp_size 2 --dp_size 2 --micro_batch_size 4",
 ]
+KINDS = ("loss", "grad_norm", "gradient", "weight")  # of differences, in the table of all layouts
 COMMON = (
     "--num_hidden_layers 4 --seq_len 64 --learning_rate {learning_rate} --warmup_steps 20 "
     "--device {device} --dtype {dtype} --max_tokens {tokens} --dataset_name {data} {flags}"
@@ -68,6 +78,51 @@ def compare(reference, metrics, dtype):
     loss = [abs(a["loss"] - b["loss"]) / (a["loss"] if relative else 1) for a, b in pairs]
     norm = [abs(a["grad_norm"] - b["grad_norm"]) / a["grad_norm"] for a, b in pairs]
     return np.max(loss), np.max(norm)  # a NaN among them is the largest
+
+
+def all_layouts():
+    """{(tp, cp, dp, pp): [runs, largest differences of loss, norm, gradients, weights]}."""
+    step_dir = max(ROOT.glob("step[0-9]_*"))
+    found, alone, worlds = {}, {}, {}
+    listed = sorted(everything(), key=lambda row: math.prod(row[:4]))
+
+    def run(stack, argv):
+        if (size := ranks_of(argv)) not in worlds:
+            worlds[size] = stack.enter_context(World(step_dir, size))
+        return Run(worlds[size].run(run_steps, argv.split(), 2, timeout=600))
+
+    with contextlib.ExitStack() as stack:
+        for row in tqdm(listed, unit="runs", disable=not sys.stderr.isatty()):
+            argv, whole = flags_of(row)
+            if whole not in alone:
+                alone[whole] = run(stack, whole)
+            counts = found.setdefault(row[:4], [0, 0.0, 0.0, 0.0, 0.0])
+            counts[0] += 1
+            for what, one, other in run(stack, argv).compared_with(alone[whole]):
+                off = differences(one, other, what)
+                assert "initial" not in what or not any(off.values()), f"{argv}: {what}"
+                for name, number in off.items():
+                    kind = name if name in KINDS else what.split()[-1]
+                    if kind in KINDS:
+                        place = 1 + KINDS.index(kind)
+                        counts[place] = max(counts[place], number)
+    return found
+
+
+def print_all_layouts():
+    rows = all_layouts()
+    print(f"float64, 2 updates, {machine()}\n")
+    headers = [*AXES, "ranks", "runs", *(f"Δ {kind}" for kind in KINDS)]
+    cells = [
+        [*sizes, math.prod(sizes), count, *(f"{number:.0e}" for number in largest)]
+        for sizes, (count, *largest) in rows.items()
+    ]
+    print(table(headers, cells))
+    worst = max(number for _, *largest in rows.values() for number in largest)
+    print(
+        f"\n{len(rows)} layouts, {sum(row[0] for row in rows.values())} runs, at most {worst:.1e}"
+    )
+    return worst <= BOUNDS["float64"][2]
 
 
 def speed(metrics):
@@ -113,9 +168,12 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--flags", default="", help="further flags for every run, in quotes")
     parser.add_argument("--figure", type=Path, help="write the curves to this image")
+    parser.add_argument("--all-layouts", action="store_true", help="of all axes, by gradients")
     parser.add_argument("--plant", help="a function of breaks.py, for every run but the baseline")
     options = parser.parse_args()
 
+    if options.all_layouts:
+        sys.exit(0 if print_all_layouts() else 1)
     steps, learning_rate, loss_bound, norm_bound = BOUNDS[options.dtype]
     steps = options.steps or steps
     for run in options.runs:

@@ -175,15 +175,18 @@ def assemble(ranks):
     return full
 
 
-def assert_close(reference, actual, what, tolerance=1e-10):
-    """N5: per tensor max|difference| <= tolerance * max|reference|; below 1e-14 for a zero one."""
+def differences(reference, actual, what):
+    """{name: max|difference| / max|reference|}; where the latter is 0, 1e-14 counts as 1e-10."""
     only_one = reference.keys() ^ actual.keys()
     assert not only_one, f"{what}: {only_one} on one side only"
-    for name in reference:
-        largest = np.abs(reference[name]).max()
-        difference = np.abs(reference[name] - actual[name]).max()
-        bound = tolerance * largest if largest else 1e-14
-        assert difference <= bound, f"{what} of {name}: off by {difference:.3g}, bound {bound:.3g}"
+    largest = {name: np.abs(whole).max() or 1e-4 for name, whole in reference.items()}
+    return {name: np.abs(reference[name] - actual[name]).max() / largest[name] for name in largest}
+
+
+def assert_close(reference, actual, what, tolerance=1e-10):
+    """N5: per tensor max|difference| <= tolerance * max|reference|; below 1e-14 for a zero one."""
+    for name, off in differences(reference, actual, what).items():
+        assert off <= tolerance, f"{what} of {name}: off by {off:.3g}, bound {tolerance:.3g}"
 
 
 def run_steps(argv, steps, break_it=None):
@@ -193,8 +196,11 @@ def run_steps(argv, steps, break_it=None):
     positions) a step; before, after: pieces of the weights; gradients: pieces of every step,
     before clipping. break_it: name of a function of `breaks.py`, called with the `train` module.
     """
+    import torch
+
     import train
 
+    torch.compiler.reset()  # or shapes of other layouts count, until it compiles no more
     if break_it is not None:
         import breaks
 
@@ -235,20 +241,19 @@ class Run:
             assemble(step) for step in zip(*(rank["gradients"] for rank in ranks), strict=True)
         ]
 
+    def compared_with(self, reference):
+        """Yield (what, arrays of the other Run, arrays of this one), in the order of training."""
+        yield "initial weight", reference.before, self.before
+        for step, (one, other) in enumerate(zip(reference.metrics, self.metrics, strict=True)):
+            numbers = (
+                {key: np.array([m[key]]) for key in ("loss", "grad_norm", "learning_rate")}
+                for m in (one, other)
+            )
+            yield f"step {step + 1}", *numbers
+            yield f"step {step + 1}, gradient", reference.gradients[step], self.gradients[step]
+        yield "final weight", reference.after, self.after
+
     def assert_same_as(self, reference, tolerance=1e-10):
         """Weights, losses, gradient norms and every gradient equal those of another Run (N5)."""
-        assert_close(reference.before, self.before, "initial weight", tolerance=0)
-        for step, (one, other) in enumerate(zip(reference.metrics, self.metrics, strict=True)):
-            assert_close(
-                {key: np.array([one[key]]) for key in ("loss", "grad_norm", "learning_rate")},
-                {key: np.array([other[key]]) for key in ("loss", "grad_norm", "learning_rate")},
-                f"step {step + 1}",
-                tolerance,
-            )
-            assert_close(
-                reference.gradients[step],
-                self.gradients[step],
-                f"step {step + 1}, gradient",
-                tolerance,
-            )
-        assert_close(reference.after, self.after, "final weight", tolerance)
+        for what, one, other in self.compared_with(reference):
+            assert_close(one, other, what, tolerance if "initial" not in what else 0)

@@ -4,8 +4,11 @@ Every factorisation tp x cp x dp of 1, 2, 3, 4, 6 and 8 ranks is a row, once; wh
 split, every tp x cp x dp x pp of 2, 4 and 8 in which they are. The options of a row are chosen
 greedily, so that all rows together hold every pair of values of two different columns: tp split or
 not, cp split or not, dp split or not, engine, sequence parallelism, layers plain, recomputed or
-compiled, embeddings tied or not, and in a pipeline the number of micro-batches. Rows are added for
-pairs that are left.
+compiled, embeddings tied or not, and in a pipeline the schedule and the number of micro-batches.
+Rows are added for pairs that are left.
+
+`everything()` is the long list, for the step with all axes: every factorisation of 1, 2, 4 and 8
+ranks and ten of 16, in a pipeline once for each schedule and each number of micro-batches.
 """
 
 import itertools
@@ -16,7 +19,13 @@ AXES = ("tp", "cp", "dp", "pp")
 SIZES = (1, 2, 3, 4, 6, 8)
 ENGINES = ("naive", "bucket", "zero1", "zero2", "zero3")
 LAYERS = ("", "--activation_checkpointing", "--compile aot_eager")
+SCHEDULES = ("afab", "1f1b")
+MICRO_BATCHES = (1, 2, "all")  # "all": of one sequence each, more than stages
 SEQUENCES = 24  # a global batch that all dp sizes divide, with two micro-batches or more
+SIXTEEN = [
+    (2, 2, 2, 2), (4, 2, 2, 1), (4, 1, 2, 2), (2, 4, 1, 2), (1, 2, 2, 4), (2, 1, 1, 8),
+    (1, 8, 2, 1), (8, 1, 1, 2), (1, 4, 4, 1), (2, 2, 1, 4),
+]  # fmt: skip
 
 # Different sequences in every row; a vocabulary that no tp size divides.
 COMMON = (
@@ -44,15 +53,15 @@ def factorisations(size, axes):
 def choices(layout, axes):
     """All rows of a layout: its sizes, then the options.
 
-    These are engine, sequence parallelism, layers, tied, micro-batches ("all": of one sequence
-    each, more than stages). None stands for an option that does nothing in this layout.
+    These are engine, sequence parallelism, layers, tied, micro-batches, schedule. None stands for
+    an option that does nothing in this layout, or that the step does not have yet.
     """
     tp, cp, dp, pp = layout
     engines = ENGINES if cp * dp > 1 and "dp" in axes else (None,)
-    micro_batches = (1, 2, "all") if pp > 1 else (None,)
     return itertools.product(
         *([size] for size in layout), engines, (False, True) if tp > 1 else (None,), LAYERS,
-        (False, True), micro_batches,
+        (False, True), MICRO_BATCHES if pp > 1 else (None,),
+        SCHEDULES if pp > 1 and "schedule" in axes else (None,),
     )  # fmt: skip
 
 
@@ -66,8 +75,26 @@ def pairs(row):
 def covering(axes):
     """Rows with every layout along `axes` and every pair of values that can be had."""
     layouts = [layout for size in SIZES for layout in factorisations(size, axes)]
-    everything = [row for layout in layouts for row in choices(layout, axes)]
-    seen = Counter({pair: 0 for row in everything for pair in pairs(row)})
+    return cover([list(choices(layout, axes)) for layout in reversed(layouts)])
+
+
+def everything():
+    """The long list: for each layout, schedule and number of micro-batches one row, and more."""
+    sizes = (1, 2, 4, 8)
+    layouts = [
+        layout for layout in itertools.product(sizes, repeat=4) if math.prod(layout) in sizes
+    ] + SIXTEEN
+    groups = {}
+    for layout in layouts:
+        for row in choices(layout, (*AXES, "schedule")):
+            groups.setdefault((layout, row[-2:]), []).append(row)
+    return cover(list(groups.values()))
+
+
+def cover(groups):
+    """One row of each group, and what else it takes to have every pair of values."""
+    every = [row for group in groups for row in group]
+    seen = Counter({pair: 0 for row in every for pair in pairs(row)})
     rows = []
 
     def take(candidates):
@@ -79,16 +106,16 @@ def covering(axes):
         rows.append(max(candidates, key=value))
         seen.update(pairs(rows[-1]))
 
-    for layout in reversed(layouts):
-        take(choices(layout, axes))
+    for group in groups:
+        take(group)
     while 0 in seen.values():
-        take(everything)
+        take(every)
     return rows
 
 
 def flags_of(row):
     """Two command lines: of a row, and of the same training in one process and one micro-batch."""
-    tp, cp, dp, pp, engine, sequence_parallel, layers, tied, micro_batches = row
+    tp, cp, dp, pp, engine, sequence_parallel, layers, tied, micro_batches, schedule = row
     same = COMMON + SHAPES[tp * cp * dp % 3 == 0]
     same += f"--num_hidden_layers {8 if pp > 1 else 2} "
     same += "--tie_word_embeddings yes " if tied else ""
@@ -101,5 +128,6 @@ def flags_of(row):
     sizes = zip(AXES, row[:4], strict=True)
     own += "".join(f"--{axis}_size {size} " for axis, size in sizes if size > 1)
     own += f"--dp_engine {engine} " if engine else ""
+    own += f"--pp_engine {schedule} " if schedule else ""
     own += "--sequence_parallel " if sequence_parallel else ""
     return same + own, same + f"--micro_batch_size {SEQUENCES}"

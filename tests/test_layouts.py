@@ -70,8 +70,8 @@ def test_a_nan_stops_the_run_with_the_step_named(step_dir, train_on):
 
 
 def axes_of(step_dir):
-    """The axes that a step can split."""
-    return AXES[: step_number(step_dir) - 3]
+    """The axes that a step can split, and "schedule" where it has more than one."""
+    return (*AXES, "schedule")[: step_number(step_dir) - 3]
 
 
 def train_rows(step_dir, train_on, size, subtests):

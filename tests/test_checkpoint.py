@@ -1,0 +1,212 @@
+"""Checkpoints: complete or absent, the same run on any layout, one line for a damaged one."""
+
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+import trainer_workers
+import workers
+from harness import assemble, assert_close
+from launch import ranks_of, sequences_of
+from layouts import ENGINES
+
+pytestmark = pytest.mark.steps(9)
+SHAPE = (
+    "--num_hidden_layers 4 --hidden_size 64 --num_attention_heads 8 --num_key_value_heads 4 "
+    "--intermediate_size 96 --vocab_size 257 --seq_len 32 --dataset_name random "
+    "--learning_rate 3e-3 --warmup_steps 2 "
+)
+STEPS = f"--max_tokens {4 * 8 * 32} "  # four of 8 sequences
+
+
+def batch(layout, micro_batches=2):
+    """Flags for 8 sequences a step."""
+    dp = sequences_of(layout + " --micro_batch_size 1")
+    size = 8 // dp // micro_batches
+    return f"{layout} --micro_batch_size {size} --gradient_accumulation_steps {micro_batches} "
+
+
+def train(worlds, step_dir, argv, until=None):
+    """(numbers, full weights) of a run in a world of the size that it wants."""
+    ranks = worlds(step_dir, ranks_of(argv)).run(trainer_workers.train_and_save, argv, until)
+    numbers = ranks[0][0]
+    assert all(other == numbers for other, _ in ranks)
+    return numbers, assemble([held for _, held in ranks])
+
+
+def assert_same_curve(reference, numbers, tolerance=1e-10):
+    arrays = (dict(enumerate(np.array(run).T)) for run in (reference, numbers))
+    assert_close(*arrays, "curve", tolerance)
+
+
+@pytest.mark.parametrize("shape", [(7,), (4, 3), (3, 5), (1, 4), (4, 1)])
+def test_rectangles_are_what_a_rank_holds(step_dir, worlds, shape):
+    ((count, wrong),) = worlds(step_dir, 1).run(trainer_workers.wrong_rectangles, shape)
+    assert count > 10 and not wrong
+
+
+ROUTES = [
+    ("", "--tp_size 2 --dp_size 2 --dp_engine zero1"),
+    ("--tp_size 2 --dp_size 2 --dp_engine zero3", "--pp_size 4"),
+    ("--tp_size 2 --sequence_parallel --pp_size 2", "--cp_size 2 --dp_size 2 --dp_engine zero2"),
+    ("--cp_size 4 --dp_engine zero1", ""),
+    ("--pp_size 2 --dp_size 2 --dp_engine zero3 --pp_engine afab", "--tp_size 4"),
+    ("--dp_size 4 --dp_engine zero3", "--dp_size 2 --dp_engine zero3"),
+]
+
+
+@pytest.mark.parametrize("tied", ["no", "yes"])
+def test_a_run_goes_on_on_another_layout(step_dir, worlds, tmp_path, subtests, tied):
+    shape = SHAPE + STEPS + f"--dtype float64 --tie_word_embeddings {tied} "
+    numbers, weights = train(worlds, step_dir, shape + batch(""))
+    for place, (before, after) in enumerate(ROUTES):
+        with subtests.test(f"{before} -> {after}"):
+            argv = shape + f"--checkpoint_dir {tmp_path / str(place)} --save_every 2 "
+            first, _ = train(worlds, step_dir, argv + batch(before), until=2)
+            rest, final = train(worlds, step_dir, argv + batch(after) + "--resume auto")
+            assert [n[0] for n in rest] == [3, 4]
+            assert_same_curve(numbers, first + rest)
+            assert_close(weights, final, "final weight")
+
+
+def test_any_engine_goes_on_with_any_other(step_dir, worlds, tmp_path, subtests):
+    shape = SHAPE + STEPS + "--dtype float64 --num_hidden_layers 2 "
+    numbers, weights = train(worlds, step_dir, shape + batch(""))
+    for one in ENGINES:
+        path = tmp_path / one
+        argv = shape + batch("--dp_size 2")
+        train(
+            worlds, step_dir, argv + f"--dp_engine {one} --checkpoint_dir {path} --save_every 2", 2
+        )
+        for other in ENGINES:
+            with subtests.test(f"{one} -> {other}"):
+                resume = f"--dp_engine {other} --resume {path / 'step_00000002'}"
+                rest, final = train(worlds, step_dir, argv + resume)
+                assert_same_curve(numbers[2:], rest)
+                assert_close(weights, final, "final weight")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["", "--dp_size 2 --dp_engine zero2", "--tp_size 2 --cp_size 2", "--pp_size 2 --dp_size 2"]
+    + [f"--tp_size 2 --dp_size 2 --dp_engine {engine}" for engine in ("zero1", "zero3")],
+)
+def test_the_same_layout_goes_on_bit_for_bit(step_dir, worlds, tmp_path, layout):
+    """N6, in float32, through the files."""
+    argv = SHAPE + STEPS + batch(layout)
+    numbers, weights = train(worlds, step_dir, argv)
+    argv += f"--checkpoint_dir {tmp_path / 'run'} --save_every 1 "
+    first, _ = train(worlds, step_dir, argv, until=2)
+    rest, final = train(worlds, step_dir, argv + "--resume auto")
+    assert first + rest == numbers
+    assert_close(weights, final, "final weight", tolerance=0)
+
+
+def test_the_last_ones_are_kept(step_dir, worlds, tmp_path):
+    run = tmp_path / "run"
+    left = run / ".step_00000001"  # by a run that was killed inside a save
+    left.mkdir(parents=True)
+    (left / "__0_0.distcp").write_text("half")
+    argv = SHAPE + STEPS + batch("--dp_size 2")
+    argv += f"--checkpoint_dir {run} --save_every 1 --keep_last 2"
+    train(worlds, step_dir, argv)
+    assert sorted(path.name for path in run.iterdir()) == ["step_00000003", "step_00000004"]
+    about = json.loads((run / "step_00000004" / "checkpoint.json").read_text())
+    assert about["step"] == 4 and about["flags"]["dp_size"] == 2
+    assert {"__0_0.distcp", "__1_0.distcp", ".metadata"} == about["files"].keys()
+    sizes = [about["files"][f"__{rank}_0.distcp"] for rank in (0, 1)]
+    assert max(sizes) < 1.2 * min(sizes), "one rank writes more than its share"
+
+
+@pytest.fixture(scope="module")
+def saved(step_dir, worlds, tmp_path_factory):
+    """(directory, flags) of a run of one process with checkpoints of steps 2 and 4."""
+    run = tmp_path_factory.mktemp("saved") / "run"
+    argv = SHAPE + STEPS + batch("") + f"--checkpoint_dir {run} --save_every 2 "
+    worlds(step_dir, 1).run(trainer_workers.train_and_save, argv)
+    return run, argv
+
+
+def test_a_damaged_checkpoint_is_one_line(step_dir, worlds, saved, subtests):
+    run, argv = saved
+    path = run / "step_00000004"
+    names = sorted(file.name for file in path.iterdir())
+    assert len(names) == 3
+    for name, how in itertools.product(names, ("truncated", "deleted")):
+        for flags in ("--resume auto", f"--resume {path}"):
+            with subtests.test(f"{name} {how}, {flags}"):
+                (said,) = worlds(step_dir, 1).run(
+                    trainer_workers.damage_and_resume, argv + flags, path, name, how
+                )
+                assert said.startswith(f"--resume {path}") and "\n" not in said
+                assert "name another" in said or "name one" in said
+
+
+def test_bytes_that_changed_are_one_line(step_dir, worlds, saved, tmp_path):
+    run, argv = saved
+    copy = tmp_path / "step_00000004"
+    shutil.copytree(run / "step_00000004", copy)
+    file = copy / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[: len(content) // 2] = bytes(len(content) // 2)
+    file.write_bytes(content)
+    argv = argv.replace(str(run), str(tmp_path)) + "--resume auto"
+    with pytest.raises(AssertionError, match="UserError: .*step_00000004: "):
+        worlds(step_dir, 1).run(trainer_workers.train_and_save, argv)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--seed 7 --resume auto", ("--seed 42", "not 7")),
+        ("--seq_len 16 --resume auto", ("--seq_len 32", "not 16")),
+        ("--micro_batch_size 8 --resume auto", ("global batch", "--dp_size", " 8, not 16")),
+        ("--num_hidden_layers 3 --resume auto", ("num_hidden_layers 4", "not 3")),
+        ("--tie_word_embeddings yes --resume auto", ("tie_word_embeddings False", "not True")),
+        ("--resume {run}/step_00000002", ("up to step_00000004", "--resume auto")),
+        ("", ("--checkpoint_dir", "a run is there already", "--resume auto")),
+        ("--resume /no/such/place", ("--resume /no/such/place", "no checkpoint")),
+    ],
+)
+def test_a_run_that_is_another_one_is_refused(step_dir, worlds, saved, flags, words):
+    run, argv = saved
+    (said,) = worlds(step_dir, 1).run(workers.refusal, argv + flags.format(run=run), 1)
+    assert all(word in said for word in words), said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--save_every 2", ("--save_every", "--checkpoint_dir")),
+        ("--resume auto", ("--resume auto", "--checkpoint_dir")),
+        ("--checkpoint_dir /dev/null/run", ("--checkpoint_dir /dev/null/run", "directory")),
+    ],
+)
+def test_a_place_is_needed(step_dir, worlds, flags, words):
+    (said,) = worlds(step_dir, 1).run(workers.refusal, flags, 1)
+    assert all(word in said for word in words), said
+
+
+def test_auto_begins_anew_where_there_is_none(step_dir, worlds, tmp_path):
+    argv = SHAPE + STEPS + batch("") + f"--checkpoint_dir {tmp_path} --resume auto "
+    numbers, _ = train(worlds, step_dir, argv)
+    assert [n[0] for n in numbers] == [1, 2, 3, 4]
+    again, _ = train(worlds, step_dir, argv)  # at its end already
+    assert again == []
+
+
+@pytest.mark.parametrize("layout", ["--tp_size 2", "--dp_size 2", "--pp_size 2"])
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(step_dir, worlds, tmp_path, layout):
+    argv = SHAPE + STEPS + batch(layout) + f"--checkpoint_dir {tmp_path} "
+    for asked in (0, 1):
+        path = tmp_path / str(asked)
+        flags = argv.replace(str(tmp_path), str(path))
+        found = worlds(step_dir, 2).run(trainer_workers.asked_to_stop, flags, asked, 2)
+        assert found == [(2, rank == asked, True) for rank in (0, 1)]
+        assert (path / "RESUME").read_text() == "step_00000002\n"
+        rest, _ = train(worlds, step_dir, flags + "--resume auto")
+        assert [n[0] for n in rest] == [3, 4]
+        assert not (path / "RESUME").exists()

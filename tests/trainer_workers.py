@@ -1,0 +1,170 @@
+"""Functions that the tests of checkpoints and of Hugging Face directories run inside a `World`."""
+
+import itertools
+import math
+import os
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import workers
+from harness import pieces
+
+NUMBERS = ("step", "loss", "grad_norm", "learning_rate", "tokens")
+
+
+def train_and_save(argv, until=None):
+    """Train up to a step, or to the end, saving as the flags say: (numbers, pieces of weights)."""
+    import checkpoint
+    import train
+
+    state = workers.build(argv)
+    numbers = []
+    while state.step < (until or state.args.total_steps):
+        result = train.train_step(state)
+        numbers.append([result[key] for key in NUMBERS])
+        checkpoint.save_if_due(state)
+    return numbers, pieces(state.parameters, lambda p: p)
+
+
+def wrong_rectangles(shape):
+    """Boxes and pieces of a shape, of all there are, whose rectangles are not what is held.
+
+    Returns (how many there are, the wrong ones).
+    """
+    from resharding import rectangles
+
+    def parts(size):
+        return itertools.starmap(slice, itertools.combinations(range(size + 1), 2))
+
+    count, wrong = 0, []
+    for held in itertools.product(*map(parts, shape)):
+        box_shape = [part.stop - part.start for part in held]
+        elements = math.prod(box_shape)
+        for piece in parts(elements):
+            box = np.full(elements, -1)
+            box[piece] = np.arange(piece.stop - piece.start)
+            true, said = np.full(shape, -1), np.full(shape, -1)
+            true[held] = box.reshape(box_shape)
+            parameter = SimpleNamespace(held=held, piece=piece, numel=lambda: 0)
+            found = list(rectangles(parameter))
+            for offsets, sizes, part in found:
+                place = tuple(slice(a, a + n) for a, n in zip(offsets, sizes, strict=True))
+                said[place] = np.arange(piece.stop - piece.start)[part].reshape(sizes)
+            count += 1
+            elements_said = sum(math.prod(sizes) for _, sizes, _ in found)
+            once = elements_said == piece.stop - piece.start and len(found) <= 3
+            if not (once and np.array_equal(said, true)):
+                wrong.append((held, piece))
+    return count, wrong
+
+
+def damage_and_resume(argv, path, name, how):
+    """What a run says that goes on from a checkpoint with one file truncated or gone."""
+    from pathlib import Path
+
+    file = Path(path) / name
+    whole = file.read_bytes()
+    try:
+        file.write_bytes(whole[: len(whole) // 2]) if how == "truncated" else file.unlink()
+        return workers.refusal(argv, 1)
+    finally:
+        file.write_bytes(whole)
+
+
+def asked_to_stop(argv, rank_asked, step_asked):
+    """Steps trained when one rank gets a SIGTERM during a step; what else each rank thinks."""
+    import checkpoint
+    import train
+
+    state = workers.build(argv)
+    checkpoint.listen(state)
+    while state.step < state.args.total_steps and not state.stop:
+        if state.step + 1 == step_asked and state.mesh.rank == rank_asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+        train.train_step(state)
+        checkpoint.save_if_due(state)
+    return state.step, state.asked_to_stop, state.stop
+
+
+def first_loss(argv):
+    """The loss of a run's first step."""
+    import train
+
+    return train.train_step(workers.build(argv))["loss"]
+
+
+def save_to_hf(argv):
+    """Train to the end and export; the pieces of the weights."""
+    import train
+    from huggingface import save_hf
+
+    state = workers.build(argv)
+    while state.step < state.args.total_steps:
+        train.train_step(state)
+    save_hf(state, state.args.save_hf)
+    return pieces(state.parameters, lambda p: p)
+
+
+def reading(argv, tokens):
+    """Summed loss of tokens [batch, seq + 1] under a loaded model, in one process."""
+    state = workers.build(argv)
+    tokens = torch.tensor(tokens)
+    positions = torch.arange(tokens.shape[1] - 1)
+    with torch.no_grad():
+        return state.model(tokens[:, :-1], tokens[:, 1:], positions).item()
+
+
+def generated(argv, prompt, cached=True):
+    """Symbols that `generate.py` adds to a prompt, a list; without the cache if asked."""
+    import generate
+    import process_group as pg
+    from model import causal_attention
+
+    args = generate.parse_args(argv.split())
+    device = pg.init_processes(args.device)
+    group = pg.Mesh(args.tp_size).group("tp")
+    model = generate.load(args, device, group)
+    if cached:
+        return generate.generate(model, group, prompt, args, end=None)
+    tokens = list(prompt)
+    for layer in model.model.layers.values():
+        assert layer.self_attn.attention is causal_attention
+    with torch.no_grad():
+        while len(tokens) < len(prompt) + args.max_new_tokens:
+            positions = torch.arange(len(tokens))
+            logits = generate.next_logits(model, group, torch.tensor([tokens]), positions)
+            tokens.append(int(logits.argmax()))
+    return tokens[len(prompt) :]
+
+
+def drawn(logits, temperature, top_k, count):
+    """How often each symbol is drawn."""
+    from generate import sample
+
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor(logits, dtype=torch.float64)
+    found = [sample(logits, temperature, top_k, generator) for _ in range(count)]
+    return np.bincount(found, minlength=len(logits)) / count
+
+
+def parsed(argv):
+    """The flags that a command line comes to, as `args.flags`, and the total of steps."""
+    import train
+
+    args = train.parse_args(argv.split())
+    return args.flags, args.total_steps
+
+
+def lines_kept(argv, step):
+    """Open a metrics file for a run that goes on from a step; what is in it then."""
+    import train
+    from metrics import Metrics
+
+    args = train.parse_args(argv.split())
+    metrics = Metrics(args, torch.device("cpu"), 1.0, 1)
+    metrics.open(step)
+    metrics.close()
+    with open(args.metrics_file) as file:
+        return file.read()
