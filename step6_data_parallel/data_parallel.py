@@ -125,8 +125,15 @@ class Bucketed(Naive):
                 parameter.register_post_accumulate_grad_hook(hook)
 
     def cut(self, model):
-        """Lists of parameters, one a bucket, in the order in which backward meets them."""
-        return cut_by_size(self.parameters[::-1], self.bucket_bytes)
+        """Lists of parameters, one a bucket, in the order in which backward meets them.
+
+        What is outside of the layers is alone. For tp may cut a vocabulary unevenly, and what came
+        after it in a bucket would lie elsewhere than on other tp ranks, be added up in another
+        order, and drift apart from its replicas.
+        """
+        inside = [p for p in self.parameters[::-1] if ".layers." in p.global_name]
+        outside = [[p] for p in self.parameters if ".layers." not in p.global_name]
+        return cut_by_size(inside, self.bucket_bytes) + outside
 
     def lay_out(self, bucket):
         bucket.gradients = bucket.vector()

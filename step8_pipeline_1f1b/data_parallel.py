@@ -127,11 +127,13 @@ class Bucketed(Naive):
     def cut(self, model):
         """Lists of parameters, one a bucket, in the order in which backward meets them.
 
-        What another stage holds too is alone, so that both stages cut it alike.
+        What is outside of the layers is alone. For tp may cut a vocabulary unevenly, and what came
+        after it in a bucket would lie elsewhere than on other tp ranks, be added up in another
+        order, and drift apart from its replicas.
         """
-        shared = [p for p in self.parameters if hasattr(p, "shared")]
-        rest = [p for p in self.parameters[::-1] if not hasattr(p, "shared")]
-        return [[p] for p in shared] + cut_by_size(rest, self.bucket_bytes)
+        inside = [p for p in self.parameters[::-1] if ".layers." in p.global_name]
+        outside = [[p] for p in self.parameters if ".layers." not in p.global_name]
+        return cut_by_size(inside, self.bucket_bytes) + outside
 
     def lay_out(self, bucket):
         bucket.gradients = bucket.vector()

@@ -5,6 +5,7 @@ torchrun --nproc_per_node 2 generate.py --load_hf exported --tp_size 2
 """
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -23,7 +24,7 @@ from errors import (
 )
 from huggingface import check_directory, load_hf, stored_slices
 from model import Llama, causal_attention, materialize
-from presets import from_transformers
+from presets import from_transformers, hub_is_unreachable
 from resharding import read_weights
 from tensor_parallel import apply_tensor_parallel, check_tensor_parallel
 from train import DTYPES
@@ -46,6 +47,8 @@ def parse_args(argv):
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--tp_size", type=positive_int, default=1, help="ranks that share a layer")
     args = parser.parse_args(argv)
+    if args.tokenizer_name not in (None, "bytes") and not Path(args.tokenizer_name).is_dir():
+        hub_is_unreachable()  # before a library that would go on asking is imported
     pg.check_world(args.device, args.tp_size)
     if args.checkpoint is not None:
         args.checkpoint = find("--checkpoint", args.checkpoint)

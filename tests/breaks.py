@@ -347,6 +347,15 @@ def norm_of_the_own_stage(train):
     train.gradient_norm = own
 
 
+def tables_among_others(train):
+    """The embedding and the head share buckets with layers, as tp cuts them unevenly."""
+    import data_parallel
+
+    data_parallel.Bucketed.cut = lambda self, model: data_parallel.cut_by_size(
+        self.parameters[::-1], self.bucket_bytes
+    )
+
+
 def small_buckets(train):
     """No mistake: buckets so small that most parameters have one of their own."""
     from data_parallel import Bucketed

@@ -47,7 +47,7 @@ def on_two(step_dir):
     return f" --{axes[min(step, max(axes))]}_size 2" if step in range(4, 10) else ""
 
 
-def launch(step_dir, argv, ranks=None, through=(), timeout=300, **environment):
+def launch(step_dir, argv, ranks=None, through=(), timeout=300, script="train.py", **environment):
     """Run `train.py argv` on as many ranks as its sizes say, or `ranks`; never raises on failure.
 
     through: a script and its arguments, put before train.py. Under torchrun each rank gets one
@@ -56,8 +56,9 @@ def launch(step_dir, argv, ranks=None, through=(), timeout=300, **environment):
     ranks = ranks or ranks_of(argv)
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder) / "metrics.jsonl"
-        command = [*map(str, through), str(Path(step_dir).absolute() / "train.py"), *argv.split()]
-        command += ["--metrics_file", str(metrics)] * ("--metrics_file" not in argv)
+        command = [*map(str, through), str(Path(step_dir).absolute() / script), *argv.split()]
+        if script == "train.py" and "--metrics_file" not in argv:
+            command += ["--metrics_file", str(metrics)]
         logs = Path(folder) / "logs"
         start = [sys.executable]
         if ranks > 1:

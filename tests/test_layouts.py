@@ -201,6 +201,7 @@ MISTAKES_6 = [
     *(("update_not_shared", f"--dp_size 2 --dp_engine {engine}", "step 2 of loss")
       for engine in ENGINES[2:4]),
     ("weights_not_gathered_anew", "--dp_size 2 --dp_engine zero3", "step 2 of loss"),
+    ("tables_among_others", "--tp_size 2 --dp_size 4 --vocab_size 97", "another value"),
 ]  # fmt: skip
 
 

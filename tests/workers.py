@@ -833,12 +833,15 @@ def trained_and_evaluated(argv):
 
 
 def buckets_of(argv, size):
-    """[(parameters, bytes)] of the buckets of a given size."""
+    """[[names, bytes]] of the buckets of a given size."""
     from data_parallel import Bucketed
 
     with patch.object(Bucketed, "bucket_bytes", size):
         state = build(argv + "--dp_size 2")
-    return [(len(b.parameters), sum(p.nbytes for p in b.parameters)) for b in state.engine.buckets]
+    return [
+        [[p.global_name for p in bucket.parameters], sum(p.nbytes for p in bucket.parameters)]
+        for bucket in state.engine.buckets
+    ]
 
 
 def reductions_during_backward(argv):

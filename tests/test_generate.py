@@ -1,0 +1,77 @@
+"""generate.py: the cache changes nothing, tp changes nothing, transformers says the same."""
+
+import numpy as np
+import pytest
+import torch
+import trainer_workers
+import workers
+from launch import launch
+from test_huggingface import theirs
+
+pytestmark = pytest.mark.steps(9)
+PROMPT = [5, 250, 3, 3, 77, 256, 0]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("generate") / "hf"
+    return path, theirs(path, initializer_range=0.2)  # so that the likeliest token is no tie
+
+
+def test_the_likeliest_tokens_with_cache_without_and_by_transformers(step_dir, worlds, model):
+    path, reference = model
+    argv = f"--load_hf {path} --dtype float64 --temperature 0 --max_new_tokens 40 --tp_size "
+    (cached,) = worlds(step_dir, 1).run(trainer_workers.generated, argv + "1", PROMPT)
+    (plain,) = worlds(step_dir, 1).run(trainer_workers.generated, argv + "1", PROMPT, False)
+    assert len(cached) == 40 and len(set(cached)) > 5
+    assert cached == plain
+    workers.upcast_in_float64(reference)
+    with torch.no_grad():
+        found = reference.generate(
+            torch.tensor([PROMPT]), do_sample=False, max_new_tokens=40, min_new_tokens=40,
+            eos_token_id=None,
+        )  # fmt: skip
+    assert found[0, len(PROMPT) :].tolist() == cached
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_tensor_parallel_ranks_draw_the_same(step_dir, worlds, model, size):
+    argv = f"--load_hf {model[0]} --dtype float64 --max_new_tokens 30 --seed 3 --tp_size "
+    (alone,) = worlds(step_dir, 1).run(trainer_workers.generated, argv + "1", PROMPT)
+    found = worlds(step_dir, size).run(trainer_workers.generated, argv + f"{size}", PROMPT)
+    assert found == [alone] * size
+
+
+def test_temperature_and_top_k(step_dir, worlds):
+    logits = np.log([0.1, 0.2, 0.3, 0.4])
+    run = worlds(step_dir, 1).run
+    (plain,) = run(trainer_workers.drawn, logits, 1.0, 0, 20_000)
+    assert plain == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=0.02)
+    (cold,) = run(trainer_workers.drawn, logits, 0.5, 0, 20_000)  # p squared
+    assert cold == pytest.approx(np.array([1, 4, 9, 16]) / 30, abs=0.02)
+    (two,) = run(trainer_workers.drawn, logits, 1.0, 2, 20_000)
+    assert two == pytest.approx([0, 0, 3 / 7, 4 / 7], abs=0.02)
+    for temperature, top_k in ((0.0, 0), (1.0, 1)):
+        (best,) = run(trainer_workers.drawn, logits, temperature, top_k, 100)
+        assert best == pytest.approx([0, 0, 0, 1])
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("", "--checkpoint --load_hf"),
+        ("--checkpoint /no/such/place", "no checkpoint"),
+        ("--load_hf {hf} --tp_size 3", "heads 8"),
+        ("--load_hf {hf} --prompt x --tokenizer_name nobody/nothing", "--tokenizer_name"),
+    ],
+)
+def test_wrong_calls(step_dir, model, flags, words, tmp_path):
+    path, _ = model
+    ranks = 3 if "tp_size" in flags else 1
+    result = launch(
+        step_dir, flags.format(hf=path), ranks=ranks, script="generate.py",
+        HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path),
+    )  # fmt: skip
+    assert result.code != 0
+    assert result.errors[0].startswith("error: ") and result.errors[0].count("\n") == 1
+    assert words in result.errors[0], result.errors[0]
