@@ -4,9 +4,13 @@ Each function takes the `train` module of a step and spoils it. As a script it t
 mistake: `python tests/breaks.py halve_norm_gradients step3_dataloader/train.py --max_tokens 9000`.
 """
 
+import functools
 import importlib
 import os
+import shutil
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest.mock import patch
@@ -367,6 +371,87 @@ def late_first_rank(train):
     """No mistake, but bad luck: the rank that reports errors is two seconds late."""
     if os.environ.get("RANK", "0") == "0":
         time.sleep(2)
+
+
+def slow_steps(train):
+    """No mistake, but time to send a signal in: each step takes a quarter of a second longer."""
+    before(train, "train_step", lambda: time.sleep(0.25))
+
+
+def stop_at_a_step(train):
+    """No mistake: SIGTERM comes during the step that STOP names."""
+    train_step = train.train_step
+
+    def stopping(state):
+        if state.step + 1 == int(os.environ["STOP"]) and state.mesh.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(state)
+
+    train.train_step = stopping
+
+
+# --- deaths ---------------------------------------------------------------------------------------
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(owner, name, act):
+    """Do something each time a function is called, before it runs."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapped(*args, **kwargs):
+        act()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def die_in_a_save(train):
+    """The rank, the save (from 1) and the place in it that DEATH names, as in "1 2 writing"."""
+    import pathlib
+
+    import torch.distributed.checkpoint as dcp
+
+    import checkpoint
+    import resharding
+
+    rank, count, place = os.environ["DEATH"].split()
+    if rank != os.environ.get("RANK", "0"):
+        return
+    saves = []
+
+    def die_if_it_is_time():
+        if len(saves) == int(count):
+            die()
+
+    owner, name = {
+        "beginning": (checkpoint, "save"),
+        "planning": (resharding.SavePlanner, "create_local_plan"),
+        "writing": (dcp.FileSystemWriter, "write_data"),
+        "gathering": (dcp.FileSystemWriter, "finish"),
+        "about": (checkpoint, "write_about"),
+        "renaming": (pathlib.Path, "rename"),
+        "deleting": (shutil, "rmtree"),
+    }[place]
+    before(owner, name, die_if_it_is_time)
+    before(checkpoint, "save", lambda: saves.append(1))
+
+
+def die_in_a_step(train):
+    """The rank, the step and the seconds after the step's begin that DEATH names: "1 5 0.02"."""
+    rank, step, seconds = os.environ["DEATH"].split()
+    if rank == os.environ.get("RANK", "0"):
+        steps = iter(range(1, 1000))
+        before(
+            train,
+            "train_step",
+            lambda: (
+                threading.Timer(float(seconds), die).start() if next(steps) == int(step) else None
+            ),
+        )
 
 
 if __name__ == "__main__":

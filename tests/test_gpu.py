@@ -2,13 +2,16 @@
 
 import numpy as np
 import pytest
+import test_checkpoint as checkpoints
 import torch
+import trainer_workers
 import workers
 from conftest import step_number
 from harness import assert_close
 from launch import launch, on_two, ranks_of
 from layouts import ENGINES
 from test_errors import assert_one_line
+from test_huggingface import theirs
 from test_layouts import SHAPE, WHOLE, split
 from test_model import TINY, oracle
 from test_process_group import assert_collectives, assert_mesh
@@ -150,6 +153,14 @@ LAYOUTS = {
     ],
 }
 LAYOUTS[8] = [*LAYOUTS[7], "--pp_size 4 --pp_engine afab"]
+LAYOUTS[9] = [
+    "--pp_size 4",
+    "--pp_size 4 --pp_engine afab --tie_word_embeddings yes",
+    "--pp_size 2 --cp_size 2 --dp_engine zero1 --compile",
+    "--pp_size 2 --tp_size 2 --sequence_parallel --activation_checkpointing",
+    "--tp_size 2 --pp_size 2 --dp_size 2 --dp_engine zero3",
+    "--tp_size 2 --cp_size 2 --pp_size 2",
+]
 
 
 def on_the_gpus_here(cases):
@@ -195,6 +206,37 @@ def test_bfloat16_layouts_stay_near_float32(step_dir, train_on, worlds, subtests
             for seen in worlds(step_dir, size).run(workers.reduction_dtypes, argv + split + flags):
                 for what, dtypes in seen.items():
                     assert dtypes <= {"torch.float32", "torch.float64"}, (what, dtypes)
+
+
+@pytest.mark.steps(9)
+def test_a_run_goes_on_on_another_layout_on_nccl(step_dir, worlds, tmp_path, subtests):
+    on_the_gpus_here(["--tp_size 2"])
+    for dtype, tolerance in (("float64", 1e-10), ("bfloat16", 1e-2)):
+        shape = checkpoints.SHAPE + checkpoints.STEPS + CUDA + f"--dtype {dtype} "
+        numbers, _ = checkpoints.train(worlds, step_dir, shape + checkpoints.batch(""))
+        for place, route in enumerate(checkpoints.ROUTES):
+            if max(map(ranks_of, route)) > torch.cuda.device_count():
+                continue
+            with subtests.test(f"{dtype}, {' -> '.join(route)}"):
+                path = tmp_path / f"{dtype}{place}"
+                before, after = (shape + checkpoints.batch(layout) for layout in route)
+                before += f"--checkpoint_dir {path} --save_every 2"
+                after += f"--checkpoint_dir {path} --resume auto"
+                first, _ = checkpoints.train(worlds, step_dir, before, until=2)
+                rest, _ = checkpoints.train(worlds, step_dir, after)
+                checkpoints.assert_same_curve(numbers, first + rest, tolerance)
+
+
+@pytest.mark.steps(9)
+def test_generating_on_nccl(step_dir, worlds, tmp_path):
+    on_the_gpus_here(["--tp_size 2"])
+    theirs(tmp_path / "hf", initializer_range=0.2)
+    argv = f"--load_hf {tmp_path / 'hf'} --dtype float64 --temperature 0 --max_new_tokens 40 "
+    run = trainer_workers.generated
+    (alone,) = worlds(step_dir, 1).run(run, argv + "--device cpu", [5, 250, 3])
+    for size in (1, 2):
+        found = worlds(step_dir, size).run(run, argv + f"{CUDA}--tp_size {size}", [5, 250, 3])
+        assert found == [alone] * size
 
 
 @pytest.mark.steps(5, 5)
