@@ -68,8 +68,8 @@ def kill_and_go_on(step_dir, tmp_path, reference, how, death):
 # A rank of two, a save of six, a place; only the first rank completes a save.
 IN_A_SAVE = [
     "1 2 writing",
-    *("0 1 beginning", "1 1 planning", "0 3 writing", "1 4 gathering", "0 2 gathering"),
-    *("0 2 about", "0 3 renaming", "0 4 deleting", "1 6 writing", "0 6 about"),
+    *("0 1 beginning", "1 1 planning", "0 3 writing", "1 5 planning", "0 2 gathering"),
+    *("0 2 about", "0 3 renaming", "0 4 deleting", "1 6 writing", "0 6 about", "0 5 planning"),
 ]
 IN_A_STEP = [
     f"{rank} {step} {seconds:.3f}"
@@ -96,10 +96,12 @@ def test_killed_in_a_step(step_dir, tmp_path, uninterrupted, death):
 
 @contextlib.contextmanager
 def job(step_dir, argv, ranks, *flags):
-    """A running torchrun."""
+    """A running torchrun, with one thread a rank even where it starts only one."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
     command += [*flags, str(step_dir / "train.py"), *argv.split()]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as running:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, **pipes) as running:
         try:
             yield running
         finally:
@@ -118,9 +120,7 @@ def test_a_signal_saves_and_says_so(step_dir, tmp_path, uninterrupted, who):
     argv = TRAIN + SHARED + f"--checkpoint_dir {run} --metrics_file {metrics} "
     # Steps so slow that the signal comes before the end.
     slow = (str(BREAKS), "slow_steps")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", *slow, str(step_dir / "train.py"), *argv.split()]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as running:
+    with job(step_dir, argv, 2, "--standalone", *slow) as running:
         wait_for_steps(running, metrics, 2)
         pid = running.pid
         if who == "a rank":

@@ -1,0 +1,101 @@
+"""The arithmetic of `assets/plan.py` against a run: what is sent, held, and kept for backward."""
+
+import importlib.util
+import sys
+from collections import Counter
+
+import pytest
+import torch
+import workers
+from conftest import ROOT
+from launch import ranks_of
+
+SHAPE = (
+    "--model_name debug --num_hidden_layers 5 --hidden_size 128 --intermediate_size 352 "
+    "--vocab_size 1024 --seq_len 64 --micro_batch_size 2 --gradient_accumulation_steps 3 "
+)
+RUN = "--dtype bfloat16 --dataset_name random --device cpu "
+AXES = ("tp", "cp", "dp_cp", "pp", "ends")
+LAYOUTS = [
+    "",
+    "--activation_checkpointing",
+    "--tp_size 2 --pp_size 2 --sequence_parallel",
+    "--cp_size 2 --dp_size 2 --dp_engine zero1",
+    "--tp_size 2 --cp_size 2 --activation_checkpointing",
+    "--tp_size 2 --dp_size 2 --dp_engine zero2 --sequence_parallel --activation_checkpointing",
+    "--cp_size 2 --pp_size 2 --tie_word_embeddings yes",
+    "--pp_size 2 --dp_size 2 --dp_engine zero3 --tie_word_embeddings yes",
+]
+
+
+@pytest.fixture(scope="module")
+def plan():
+    path, modules = list(sys.path), set(sys.modules)
+    spec = importlib.util.spec_from_file_location("plan", ROOT / "assets" / "plan.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path[:] = path  # the ranks of other tests inherit it, and find other steps
+    for name in set(sys.modules) - modules:
+        if (ROOT / "step9_4d" / f"{name}.py").exists():
+            del sys.modules[name]
+    return module
+
+
+def kept_of(argv):
+    """The stage of this rank, and the bytes that autograd keeps of a micro-batch there."""
+    import model
+    import rms_norm
+    import tensor_parallel
+
+    class Norm(torch.autograd.Function):
+        """What the kernel for CUDA keeps; PyTorch's own operator on a CPU keeps more."""
+
+        @staticmethod
+        def forward(ctx, x, weight, eps):
+            ctx.save_for_backward(x, weight)
+            return plain(x, weight, eps)
+
+    plain = rms_norm.rms_norm
+    state = workers.build(argv)
+    weights = {p.untyped_storage().data_ptr() for p in state.model.parameters()}
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    place = state.mesh.group("pp").rank
+    tokens, targets, positions = next(state.data.micro_batches(0))
+    x = torch.zeros(state.stage.shape, dtype=torch.bfloat16, requires_grad=True)
+    model.rms_norm = tensor_parallel.rms_norm = Norm.apply
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            out = state.model(x if place else tokens, targets, positions)
+    finally:
+        model.rms_norm = tensor_parallel.rms_norm = plain
+    assert out.requires_grad
+    return place, sum(size for address, size in kept.items() if address not in weights)
+
+
+@pytest.mark.steps(9)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_plan_is_what_a_run_does(step_dir, worlds, plan, layout):
+    args, argv = plan.parse_args((SHAPE + layout).split()), RUN + SHAPE + layout
+    world = worlds(step_dir, ranks_of(layout))
+    ranks = (world.run(f, argv) for f in (workers.ledger_of, workers.owned_bytes, kept_of))
+    for (_, predicted), owned, (place, kept) in zip(*ranks, strict=True):
+        stage = plan.Stage(args, place)
+        sent = Counter()
+        for axis, collective, size, _ in stage.traffic():
+            sent[axis, collective] += size
+        due = {key: size for key, (_, size) in predicted.items() if key[0] in AXES}
+        for key in {*sent, *due}:
+            assert sent[key] == pytest.approx(due.get(key, 0), rel=1e-3), key
+        memory = stage.memory()
+        for kind in ("weights", "gradients", "moments"):
+            assert memory[kind] == pytest.approx(owned[kind], rel=1e-3), kind
+        if "zero3" not in layout:  # there the gathered weights would count, too
+            _, layers, end = stage.kept()
+            # What is left out: a number a token for each norm, one for each head, positions.
+            assert layers + end == pytest.approx(kept, rel=0.05)
+            assert layers + end <= kept
