@@ -114,8 +114,7 @@ class Stage:
         Returns the sum of their losses, each divided by targets_in_all, as a float64 scalar; zero
         on all stages but the last.
         """
-        self.total = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.targets_in_all, self.went_backward = targets_in_all, 0
+        self.begin(targets_in_all)
         if not backward:
             for micro_batch in micro_batches:
                 all_forward(self, [micro_batch])
@@ -126,6 +125,14 @@ class Stage:
             all_forward_all_backward(self, micro_batches)
         self.finish_sends()
         return self.total
+
+    def begin(self, targets_in_all):
+        self.total = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.targets_in_all, self.went_backward = targets_in_all, 0
+
+    def empty(self):
+        """Room for what a neighbour sends."""
+        return torch.empty(self.shape, dtype=self.model.model.dtype, device=self.device)
 
     def finish_sends(self):
         for handle, _ in self.sending:
@@ -138,7 +145,7 @@ class Stage:
         x = tokens if x is None else x.requires_grad_()
         with self.timeline.span("forward"):
             out = self.model(x, targets, positions)
-            if self.group.is_last:
+            if self.after is None:
                 out = out / self.targets_in_all
                 self.total += out.detach()
         self.alive.append((x, out))
@@ -168,7 +175,7 @@ class Stage:
             self.finish_sends()  # of the one before; its memory is free then
             self.sending = [(handle, sends) for handle in pg.exchange(self.group, sends)]
             return None
-        arriving = torch.empty(self.shape, dtype=self.model.model.dtype, device=self.device)
+        arriving = self.empty()
         with self.timeline.span("wait"):
             for handle in pg.exchange(self.group, sends, [(arriving, peer)]):
                 handle.wait()

@@ -132,8 +132,11 @@ class Bucketed(Naive):
         order, and drift apart from its replicas.
         """
         inside = [p for p in self.parameters[::-1] if ".layers." in p.global_name]
+        # A bucket for each chunk, as their last backward passes come at different times.
+        chunks = itertools.groupby(inside, key=lambda p: getattr(p, "chunk", 0))
         outside = [[p] for p in self.parameters if ".layers." not in p.global_name]
-        return cut_by_size(inside, self.bucket_bytes) + outside
+        lists = (cut_by_size(list(chunk), self.bucket_bytes) for _, chunk in chunks)
+        return [*itertools.chain.from_iterable(lists), *outside]
 
     def lay_out(self, bucket):
         bucket.gradients = bucket.vector()

@@ -60,17 +60,20 @@ def deal_layers(config, stages):
     return best[layers][1]
 
 
-def apply_pipeline_parallel(model, group):
-    """Leave of a model on the meta device what this rank's stage computes.
+def apply_pipeline_parallel(model, group, chunks=1):
+    """Leave of a model on the meta device what this rank's stage computes, or its several chunks.
 
     A stage is called like the whole model; what it lacks passes on what it is given. So the first
     one takes tokens, the others activations; the last one returns the loss, the others activations.
     """
     if group.size == 1:
         return
-    mine = deal_layers(model.model.config, group.size)[group.rank]
-    for name in list(model.model.layers):
-        if int(name) not in mine:
+    dealt = deal_layers(model.model.config, group.size * chunks)[group.rank :: group.size]
+    for name, layer in list(model.model.layers.items()):
+        chunk = [int(name) in layers for layers in dealt]
+        for parameter in layer.parameters():
+            parameter.chunk = chunk.index(True) if any(chunk) else None
+        if not any(chunk):
             del model.model.layers[name]
     if not group.is_first:
         model.model.embed_tokens = nn.Identity()
@@ -119,8 +122,7 @@ class Stage:
         Returns the sum of their losses, each divided by targets_in_all, as a float64 scalar; zero
         on all stages but the last.
         """
-        self.total = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.targets_in_all, self.went_backward = targets_in_all, 0
+        self.begin(targets_in_all)
         if backward:
             SCHEDULES[self.schedule](self, micro_batches)
         else:
@@ -129,6 +131,14 @@ class Stage:
                 self.alive.clear()  # at once: nothing will go backward
         self.finish_sends()
         return self.total
+
+    def begin(self, targets_in_all):
+        self.total = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.targets_in_all, self.went_backward = targets_in_all, 0
+
+    def empty(self):
+        """Room for what a neighbour sends."""
+        return torch.empty(self.shape, dtype=self.model.model.dtype, device=self.device)
 
     def finish_sends(self):
         for handle, _ in self.sending:
@@ -141,7 +151,7 @@ class Stage:
         x = tokens if x is None else x.requires_grad_()
         with self.timeline.span("forward"):
             out = self.model(x, targets, positions)
-            if self.group.is_last:
+            if self.after is None:
                 out = out / self.targets_in_all
                 self.total += out.detach()
         self.alive.append((x, out))
@@ -171,7 +181,7 @@ class Stage:
             self.finish_sends()  # of the one before; its memory is free then
             self.sending = [(handle, sends) for handle in pg.exchange(self.group, sends)]
             return None
-        arriving = torch.empty(self.shape, dtype=self.model.model.dtype, device=self.device)
+        arriving = self.empty()
         with self.timeline.span("wait"):
             for handle in pg.exchange(self.group, sends, [(arriving, peer)]):
                 handle.wait()
@@ -222,7 +232,7 @@ def pipeline_parallel_traffic(args, group, parameters):
     number = {"bfloat16": 2, "float32": 4, "float64": 8}[args.dtype]
     parts = args.cp_size * (args.tp_size if args.sequence_parallel else 1)
     size = args.micro_batch_size * args.seq_len // parts * args.config.hidden_size * number
-    ways = (not group.is_first) + (not group.is_last)  # gradients back, activations on
-    rows = [("pp", "send", ways * args.gradient_accumulation_steps, size)] if ways else []
+    ways = 2 * args.pp_chunks - group.is_first - group.is_last  # gradients back, activations on
+    rows = [("pp", "send", ways * args.gradient_accumulation_steps, size)] * (group.size > 1)
     shared = [p for p in parameters if hasattr(p, "shared")]
     return rows + [("ends", "all_reduce", 1, parameter.nbytes) for parameter in shared]

@@ -32,12 +32,12 @@ from errors import (
     stop,
 )
 from huggingface import load_checked_config, load_hf, save_hf
+from interleaved import PIPELINE_ENGINES, build_stage, check_interleaved
 from ledger import communication_ledger, report_traffic
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
 from pipeline_parallel import (
-    SCHEDULES,
     Stage,
     apply_pipeline_parallel,
     check_pipeline_parallel,
@@ -91,7 +91,8 @@ def parse_args(argv):
     parser.add_argument("--dp_size", type=positive_int, default=1, help="ranks for a batch")
     parser.add_argument("--dp_engine", choices=ENGINES, default="bucket")
     parser.add_argument("--pp_size", type=positive_int, default=1, help="ranks for the layers")
-    parser.add_argument("--pp_engine", choices=SCHEDULES, default="1f1b")
+    parser.add_argument("--pp_engine", choices=PIPELINE_ENGINES, default="1f1b")
+    parser.add_argument("--pp_chunks", type=positive_int, default=2, help="a rank, interleaved")
     # a run that lasts
     parser.add_argument("--config", help="a JSON file of flags; one given here wins")
     parser.add_argument("--checkpoint_dir", help="checkpoints of this run go here")
@@ -121,6 +122,7 @@ def parse_args(argv):
     check_context_parallel(args)
     check_tensor_parallel(args)
     check_pipeline_parallel(args)
+    check_interleaved(args)
     local_files(args.dataset_name)  # raises for a path that is not there
     if args.num_workers is None:
         args.num_workers = 2 if args.device == "cuda" else 0
@@ -159,7 +161,7 @@ def setup(args):
         model = Llama(args.config, DTYPES[args.dtype], args.activation_checkpointing)
     apply_tensor_parallel(model, mesh.group("tp"), args.sequence_parallel)
     apply_context_parallel(model, mesh.group("cp"))
-    apply_pipeline_parallel(model, mesh.group("pp"))
+    apply_pipeline_parallel(model, mesh.group("pp"), args.pp_chunks)
     loads = args.resume or args.load_hf
     materialize(model, None if loads else args.seed, device)
     if args.load_hf and not args.resume:
@@ -168,7 +170,7 @@ def setup(args):
         model.compile_layers(args.compile)
 
     engine = data_parallel(args.dp_engine, model, mesh.group("dp", "cp"))
-    stage = Stage(args, model, mesh.group("pp"), engine, device)
+    stage = build_stage(args, model, mesh.group("pp"), engine, device)
     parameters = engine.parameters
     optimizer = build_optimizer(parameters, args.learning_rate, args.weight_decay)
     positions = zigzag_positions(args.seq_len, mesh.group("cp"))

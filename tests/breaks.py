@@ -378,18 +378,6 @@ def slow_steps(train):
     before(train, "train_step", lambda: time.sleep(0.25))
 
 
-def stop_at_a_step(train):
-    """No mistake: SIGTERM comes during the step that STOP names."""
-    train_step = train.train_step
-
-    def stopping(state):
-        if state.step + 1 == int(os.environ["STOP"]) and state.mesh.rank == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(state)
-
-    train.train_step = stopping
-
-
 # --- deaths ---------------------------------------------------------------------------------------
 
 

@@ -51,6 +51,12 @@ LAYOUTS = [
         for engine in ("naive", "bucket", "zero1", "zero2", "zero3")
     ),
     "step6_data_parallel --tp_size 2 --cp_size 2 --dp_size 2 --micro_batch_size 4",
+    "step7_pipeline_afab --pp_size 2 --micro_batch_size 2 --gradient_accumulation_steps 4",
+    "step8_pipeline_1f1b --pp_size 4 --micro_batch_size 2 --gradient_accumulation_steps 4",
+    "step9_4d --pp_size 2 --pp_engine interleaved --micro_batch_size 2 "
+    "--gradient_accumulation_steps 4",
+    "step9_4d --tp_size 2 --dp_size 2 --pp_size 2 --dp_engine zero1 --micro_batch_size 2 "
+    "--gradient_accumulation_steps 2",
 ]
 KINDS = ("loss", "grad_norm", "gradient", "weight")  # of differences, in the table of all layouts
 COMMON = (

@@ -3,9 +3,9 @@
 Every factorisation tp x cp x dp of 1, 2, 3, 4, 6 and 8 ranks is a row, once; where layers can be
 split, every tp x cp x dp x pp of 2, 4 and 8 in which they are. The options of a row are chosen
 greedily, so that all rows together hold every pair of values of two different columns: tp split or
-not, cp split or not, dp split or not, engine, sequence parallelism, layers plain, recomputed or
-compiled, embeddings tied or not, and in a pipeline the schedule and the number of micro-batches.
-Rows are added for pairs that are left.
+not, cp split or not, dp split or not, engine, sequence parallelism, layers plain, recomputed or (on
+up to four ranks) compiled, embeddings tied or not, and in a pipeline the schedule and the number of
+micro-batches. Rows are added for pairs that are left.
 
 `everything()` is the long list, for the step with all axes: every factorisation of 1, 2, 4 and 8
 ranks and ten of 16, in a pipeline once for each schedule and each number of micro-batches.
@@ -18,7 +18,7 @@ from collections import Counter
 AXES = ("tp", "cp", "dp", "pp")
 SIZES = (1, 2, 3, 4, 6, 8)
 ENGINES = ("naive", "bucket", "zero1", "zero2", "zero3")
-LAYERS = ("", "--activation_checkpointing", "--compile aot_eager")
+LAYERS = ("", "--activation_checkpointing", "--compile aot_eager")  # the last is slow to start
 SCHEDULES = ("afab", "1f1b")
 MICRO_BATCHES = (1, 2, "all")  # "all": of one sequence each, more than stages
 SEQUENCES = 24  # a global batch that all dp sizes divide, with two micro-batches or more
@@ -58,8 +58,9 @@ def choices(layout, axes):
     """
     tp, cp, dp, pp = layout
     engines = ENGINES if cp * dp > 1 and "dp" in axes else (None,)
+    layers = LAYERS if math.prod(layout) <= 4 else LAYERS[:2]
     return itertools.product(
-        *([size] for size in layout), engines, (False, True) if tp > 1 else (None,), LAYERS,
+        *([size] for size in layout), engines, (False, True) if tp > 1 else (None,), layers,
         (False, True), MICRO_BATCHES if pp > 1 else (None,),
         SCHEDULES if pp > 1 and "schedule" in axes else (None,),
     )  # fmt: skip

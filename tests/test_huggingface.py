@@ -84,9 +84,9 @@ def test_what_is_saved_is_opened_by_transformers(step_dir, worlds, tmp_path, lay
     argv += f"--dataset_name random --seq_len 32 --max_tokens 512 --save_hf {out} "
     argv += f"--learning_rate 3e-3 --warmup_steps 1 {layout} --micro_batch_size "
     argv += "4" if "dp_size" in layout else "8"
-    held = worlds(step_dir, ranks_of(layout)).run(trainer_workers.save_to_hf, argv)
+    ranks = worlds(step_dir, ranks_of(layout)).run(trainer_workers.train_and_save, argv)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float64)
-    weights = assemble(held)
+    weights = assemble([held for _, held in ranks])
     stored = {name: p.detach().numpy() for name, p in model.named_parameters()}
     assert stored.keys() == weights.keys()
     for name, weight in weights.items():

@@ -43,6 +43,12 @@ CASES = {
         "--pp_size 2 --dp_size 2 --dp_engine zero3",
         "--pp_size 2 --cp_size 2 --dp_engine zero2 --activation_checkpointing",
     ],
+    9: [
+        "--pp_size 3 --pp_engine interleaved --num_hidden_layers 7",
+        "--pp_size 2 --pp_engine interleaved --num_hidden_layers 6 --pp_chunks 3 --dp_size 2 "
+        "--dp_engine zero2 --gradient_accumulation_steps 4 --tie_word_embeddings yes",
+        "--tp_size 2 --pp_size 2 --dp_size 2 --dp_engine zero3 --sequence_parallel",
+    ],
 }
 
 
@@ -76,6 +82,11 @@ def test_data_parallel_traffic(step_dir, worlds, subtests):
 @pytest.mark.steps(7)
 def test_pipeline_traffic(step_dir, worlds, subtests):
     check(step_dir, worlds, subtests, CASES[7])
+
+
+@pytest.mark.steps(9)
+def test_traffic_of_all_axes(step_dir, worlds, subtests):
+    check(step_dir, worlds, subtests, CASES[9])
 
 
 # The rows above compare the code with formulas that stand beside it; these stand here.

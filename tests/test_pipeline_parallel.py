@@ -5,6 +5,7 @@ import json
 import pytest
 import workers
 from conftest import step_number
+from launch import ranks_of
 
 pytestmark = pytest.mark.steps(7)
 SMALL = "--num_hidden_layers 4 --seq_len 16 --micro_batch_size 2 --dataset_name random "
@@ -69,6 +70,7 @@ def test_schedules_and_what_they_keep_alive(step_dir, worlds, stages, count, sub
                     assert together == ways
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "stages, count",
     [(2, 4), *(pytest.param(4, m, marks=pytest.mark.slow) for m in (4, 8, 16))],
@@ -109,12 +111,103 @@ def test_a_timeline_that_cannot_be_written(step_dir, worlds):
     assert "--timeline '/no/such/place.json'" in said and "\n" not in said
 
 
-@pytest.mark.parametrize("engine", ["zero1", "zero3"])
+@pytest.mark.parametrize("engine", ["zero1", "zero3", "zero1 --pp_engine interleaved"])
 def test_the_held_out_loss_of_a_pipeline(step_dir, worlds, engine):
-    argv = "--dtype float64 --num_hidden_layers 2 --seq_len 16 --dataset_name random "
+    if "interleaved" in engine and step_number(step_dir) < 9:
+        pytest.skip("this schedule comes in step 9")
+    argv = "--dtype float64 --num_hidden_layers 4 --seq_len 16 --dataset_name random "
     (alone,) = worlds(step_dir, 1).run(workers.trained_and_evaluated, argv + "--micro_batch_size 8")
     argv += "--micro_batch_size 2 --gradient_accumulation_steps 2 --dp_size 2 --pp_size 2 "
     for losses in worlds(step_dir, 4).run(
         workers.trained_and_evaluated, argv + f"--dp_engine {engine}"
     ):
         assert losses == pytest.approx(alone, rel=1e-12)
+
+
+INTERLEAVED = "--pp_engine interleaved "
+
+
+@pytest.mark.steps(9)
+@pytest.mark.parametrize(
+    "layers, stages, chunks, count", [(4, 2, 2, 4), (8, 2, 4, 2), (7, 3, 2, 6), (8, 4, 2, 4)]
+)
+def test_interleaved_is_bitwise_the_run_without_one(
+    step_dir, train_on, layers, stages, chunks, count
+):
+    argv = SMALL + f"--gradient_accumulation_steps {count} --learning_rate 3e-3 "
+    argv += f"--num_hidden_layers {layers} "
+    flags = INTERLEAVED + f"--pp_size {stages} --pp_chunks {chunks}"
+    train_on(step_dir, stages, argv + flags, 3).assert_same_as(
+        train_on(step_dir, 1, argv, 3), tolerance=0
+    )
+
+
+@pytest.mark.steps(9)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(f"--dp_size 2 --dp_engine {engine}" for engine in ("naive", "bucket", "zero1", "zero2")),
+        "--tp_size 2 --sequence_parallel --tie_word_embeddings yes",
+        "--cp_size 2 --activation_checkpointing --compile aot_eager",
+        "--pp_chunks 3 --tie_word_embeddings yes",
+    ],
+)
+def test_interleaved_beside_other_axes(step_dir, train_on, flags):
+    same = "--dtype float64 --num_hidden_layers 7 --seq_len 16 --dataset_name random "
+    same += "--vocab_size 257 --learning_rate 3e-3 --warmup_steps 2 "
+    argv = same + INTERLEAVED + f"--pp_size 2 --gradient_accumulation_steps 4 {flags} "
+    size = 1 if "dp_size" in flags else 2
+    tied = "--tie_word_embeddings yes " if "tie_" in flags else ""
+    run = train_on(step_dir, ranks_of(argv), argv + f"--micro_batch_size {size}", 2)
+    run.assert_same_as(train_on(step_dir, 1, same + tied + "--micro_batch_size 8", 2))
+
+
+@pytest.mark.steps(9)
+def test_the_plan_of_interleaved_loses_no_tick(step_dir, worlds):
+    """2 v m passes a rank, and 2 (p - 1) ticks to fill and to drain: no schedule has fewer."""
+    cases = [(p, v, p * k) for p in (2, 3, 4) for v in (2, 3) for k in (1, 2, 4)]
+    (plans,) = worlds(step_dir, 1).run(workers.interleaved_plans, cases)
+    for (ranks, chunks, count), ticks in zip(cases, plans, strict=True):
+        assert len(ticks) == 2 * chunks * count + 2 * (ranks - 1)
+        done = {}
+        for number, tick in enumerate(ticks):
+            for rank, one in enumerate(tick):
+                if one is not None:
+                    kind, stage, micro_batch = one
+                    assert stage % ranks == rank
+                    before = [("forward", stage - 1), ("backward", stage + 1)][kind == "backward"]
+                    if before[1] == ranks * chunks:
+                        before = "forward", stage
+                    if before[1] >= 0:
+                        assert done[(*before, micro_batch)] < number
+                    done[kind, stage, micro_batch] = number
+        assert len(done) == 2 * ranks * chunks * count
+
+
+@pytest.mark.steps(9)
+@pytest.mark.parametrize(
+    "stages, chunks, count",
+    [(2, 2, 4), *(pytest.param(4, 2, m, marks=pytest.mark.slow) for m in (4, 8, 16))],
+)
+def test_the_bubble_of_interleaved(step_dir, worlds, stages, chunks, count):
+    argv = SMALL + f"--num_hidden_layers 8 --gradient_accumulation_steps {count} {INTERLEAVED}"
+    argv += f"--pp_size {stages} --pp_chunks {chunks}"
+    share = max(worlds(step_dir, stages).run(workers.bubble, argv, 0.3))
+    expected = (stages - 1) / (chunks * count + stages - 1)
+    assert share == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.steps(9)
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        ("--num_hidden_layers 3", "--num_hidden_layers 3"),
+        ("--pp_chunks 1", "--pp_engine 1f1b"),
+        ("--gradient_accumulation_steps 3", "--gradient_accumulation_steps 3"),
+        ("--dp_size 2 --dp_engine zero3", "zero1 or zero2"),
+    ],
+)
+def test_what_cannot_be_interleaved(step_dir, worlds, flags, named):
+    argv = f"--pp_size 2 --gradient_accumulation_steps 2 {INTERLEAVED} {flags}"
+    (said,) = worlds(step_dir, 1).run(workers.refusal, argv, ranks_of(argv))
+    assert named in said and "\n" not in said

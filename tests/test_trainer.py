@@ -114,7 +114,7 @@ def wait_for_steps(running, metrics, count):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("who", ["a rank", "the launcher"])
+@pytest.mark.parametrize("who", [pytest.param("a rank", marks=pytest.mark.slow), "the launcher"])
 def test_a_signal_saves_and_says_so(step_dir, tmp_path, uninterrupted, who):
     run, metrics = tmp_path / "run", tmp_path / "metrics.jsonl"
     argv = TRAIN + SHARED + f"--checkpoint_dir {run} --metrics_file {metrics} "
@@ -159,25 +159,24 @@ def test_two_hosts_train_like_one(step_dir, tmp_path, per_host):
     assert len(curve(one)) >= 12
 
 
-def test_one_run_on_three_layouts_then_exported_then_read_aloud(step_dir, tmp_path):
+def test_one_run_on_three_layouts_then_exported_then_read_aloud(step_dir, worlds, tmp_path):
     """Saved on tp 2 x dp 2, resumed on pp 4, then on cp 2 x dp 2 with zero3; one loss curve."""
-    run, metrics, out = tmp_path / "run", tmp_path / "metrics.jsonl", tmp_path / "hf"
+    out = tmp_path / "hf"
     argv = SMALL + "--dtype float64 --learning_rate 3e-3 --warmup_steps 2 --max_tokens 768 "
-    whole = tmp_path / "whole.jsonl"
-    assert launch(step_dir, argv + f"--micro_batch_size 8 --metrics_file {whole}").code == 0
-    argv += f"--checkpoint_dir {run} --resume auto --metrics_file {metrics} "
-    stops = "--save_every 2 "
+    ((whole, _),) = worlds(step_dir, 1).run(
+        trainer_workers.train_and_save, argv + "--micro_batch_size 8"
+    )
+    argv += f"--checkpoint_dir {tmp_path / 'run'} --resume auto --save_every 2 "
+    ours = []
     for steps, layout in (
         (2, "--tp_size 2 --dp_size 2 --micro_batch_size 4"),
         (4, "--pp_size 4 --micro_batch_size 2 --gradient_accumulation_steps 4"),
         (6, f"--cp_size 2 --dp_size 2 --dp_engine zero3 --micro_batch_size 4 --save_hf {out}"),
     ):
-        stop = (BREAKS, "stop_at_a_step") if steps < 6 else ()
-        result = launch(step_dir, argv + stops + layout, through=stop, STOP=str(steps))
-        assert result.code == 0, result.errors
-        assert len(curve(metrics)) == steps
-    ours, theirs = (np.array(curve(path)) for path in (metrics, whole))
-    assert np.abs(ours / theirs - 1).max() < 1e-10
+        ranks = worlds(step_dir, 4).run(trainer_workers.train_and_save, argv + layout, steps)
+        ours += ranks[0][0]
+        assert len(ours) == steps
+    assert np.abs(np.array(ours) / whole - 1).max() < 1e-10
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer, model = (kind.from_pretrained(out) for kind in (AutoTokenizer, AutoModelForCausalLM))

@@ -17,6 +17,7 @@ NUMBERS = ("step", "loss", "grad_norm", "learning_rate", "tokens")
 def train_and_save(argv, until=None):
     """Train up to a step, or to the end, saving as the flags say: (numbers, pieces of weights)."""
     import checkpoint
+    import huggingface
     import train
 
     state = workers.build(argv)
@@ -25,6 +26,8 @@ def train_and_save(argv, until=None):
         result = train.train_step(state)
         numbers.append([result[key] for key in NUMBERS])
         checkpoint.save_if_due(state)
+    if state.args.save_hf:
+        huggingface.save_hf(state, state.args.save_hf)
     return numbers, pieces(state.parameters, lambda p: p)
 
 
@@ -93,18 +96,6 @@ def first_loss(argv):
     import train
 
     return train.train_step(workers.build(argv))["loss"]
-
-
-def save_to_hf(argv):
-    """Train to the end and export; the pieces of the weights."""
-    import train
-    from huggingface import save_hf
-
-    state = workers.build(argv)
-    while state.step < state.args.total_steps:
-        train.train_step(state)
-    save_hf(state, state.args.save_hf)
-    return pieces(state.parameters, lambda p: p)
 
 
 def reading(argv, tokens):

@@ -1,5 +1,6 @@
 """Functions that the tests run inside a `World`: there, `import train` is the step's own code."""
 
+import functools
 from unittest.mock import patch
 
 import numpy as np
@@ -987,29 +988,43 @@ class Sleep(torch.autograd.Function):
 
 
 def bubble(argv, seconds):
-    """The share of a step in which this stage is idle, if layers take a time that is known."""
+    """The share of a step in which this stage is idle, if layers take a time that is known.
+
+    A stage's layers sleep so long for a micro-batch forward, its chunks a part of that each.
+    """
     import time
 
     import process_group as pg
 
     state = build(argv)
-    stage = state.stage
+    chunks = getattr(state.stage, "stages", [state.stage])
     weight = torch.ones((), requires_grad=True)
 
-    def sleepy(x, targets, positions):
-        x = torch.zeros(stage.shape) if stage.group.is_first else x
-        out = Sleep.apply(x * weight, seconds)
-        return out.sum() if stage.group.is_last else out
+    def sleepy(chunk, x, targets, positions):
+        x = torch.zeros(chunk.shape) if chunk.before is None else x
+        out = Sleep.apply(x * weight, seconds / len(chunks))
+        return out.sum() if chunk.after is None else out
 
-    stage.model.forward = sleepy
+    for chunk in chunks:
+        chunk.model.forward = functools.partial(sleepy, chunk)
     micro_batches, shares = list(state.data.micro_batches(0)), []
-    for _ in range(3):  # the best of some: another process may take the core
+    for _ in range(2):  # the better one: another process may take the core
         pg.dist.barrier()
         begun = time.perf_counter()
-        stage.run(micro_batches, 1, True)
+        state.stage.run(micro_batches, 1, True)
         pg.dist.barrier()
-        shares.append(1 - stage.micro_batches * 3 * seconds / (time.perf_counter() - begun))
+        shares.append(1 - len(micro_batches) * 3 * seconds / (time.perf_counter() - begun))
     return min(shares)
+
+
+def interleaved_plans(cases):
+    """For each (ranks, chunks, micro-batches): ticks, each a list of what the ranks do in it."""
+    import interleaved
+
+    def plain(tick):
+        return [one and tuple(one) for one in tick]
+
+    return [[plain(tick) for tick in interleaved.plan(*case)] for case in cases]
 
 
 def timeline_of(argv, steps):

@@ -1,0 +1,202 @@
+"""Interleaved 1F1B: a rank holds several chunks of layers, and the bubble shrinks by their number.
+
+With v chunks a rank there are p * v virtual stages; virtual stage s is chunk s // p of rank s % p,
+so a micro-batch goes round the ranks v times. Filling and draining the pipeline still takes p - 1
+passes, but of a chunk, a v-th of a stage: of m micro-batches' time p - 1 / (v m + p - 1) is idle.
+The price: v times the messages, and more micro-batches alive.
+
+Source: Megatron-LM (arXiv:2104.04473), section 2.2.
+"""
+
+import collections
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+import process_group as pg
+from errors import UserError
+from model import Llama
+from pipeline_parallel import SCHEDULES, Stage
+
+PIPELINE_ENGINES = [*SCHEDULES, "interleaved"]
+
+
+def check_interleaved(args):
+    """Set `args.pp_chunks` to 1 where nothing is interleaved; raises UserError."""
+    if args.pp_engine != "interleaved" or args.pp_size == 1:
+        args.pp_chunks = 1
+        return
+    sizes = f"--pp_engine interleaved with --pp_size {args.pp_size}, --pp_chunks {args.pp_chunks}"
+    if args.config.num_hidden_layers < args.pp_size * args.pp_chunks:
+        layers = args.config.num_hidden_layers
+        raise UserError(f"{sizes}: a layer for each chunk, but --num_hidden_layers {layers}")
+    if args.pp_chunks < 2:
+        raise UserError(f"{sizes}: two chunks or more; or use --pp_engine 1f1b")
+    if args.gradient_accumulation_steps % args.pp_size:
+        steps = args.gradient_accumulation_steps
+        raise UserError(f"{sizes}: --gradient_accumulation_steps {steps} must be a multiple of it")
+    if args.dp_engine == "zero3" and args.dp_size * args.cp_size > 1:
+        raise UserError(
+            f"{sizes} and --dp_engine zero3: a chunk's weights would be gathered for "
+            "every micro-batch of every round; use zero1 or zero2, or 1f1b"
+        )
+
+
+class Pass(NamedTuple):
+    """One micro-batch through one virtual stage."""
+
+    kind: str  # forward or backward
+    stage: int
+    micro_batch: int
+
+
+def passes_of(rank, ranks, chunks, count):
+    """What a rank does, in order. Micro-batches go round in groups of as many as there are ranks.
+
+    A rank runs ahead by the chunks before its last one, and by twice its distance from the end;
+    then one forward, one backward.
+    """
+    rounds = [range(start, min(start + ranks, count)) for start in range(0, count, ranks)]
+
+    def in_order(kind, order):
+        return [Pass(kind, chunk * ranks + rank, i) for r in rounds for chunk in order for i in r]
+
+    forward = in_order("forward", range(chunks))
+    backward = in_order("backward", range(chunks)[::-1])
+    ahead = min(len(forward), (chunks - 1) * ranks + 2 * (ranks - rank - 1))
+    both = zip(forward[ahead:], backward, strict=False)
+    return [*forward[:ahead], *(one for pair in both for one in pair), *backward[-ahead:]]
+
+
+def needs(one, ranks, chunks):
+    """The pass that can be done once this one is, with its result; None after the last."""
+    if one.kind == "backward":
+        return one._replace(stage=one.stage - 1) if one.stage > 0 else None
+    if one.stage == ranks * chunks - 1:
+        return one._replace(kind="backward")
+    return one._replace(stage=one.stage + 1)
+
+
+@functools.cache
+def plan(ranks, chunks, count, backward=True):
+    """Ticks, each a list of what every rank does in it: a pass, or None where it has to wait.
+
+    Every rank knows the plan of all. So it knows which messages each tick brings.
+    """
+    left = [passes_of(rank, ranks, chunks, count) for rank in range(ranks)]
+    if not backward:
+        left = [[one for one in passes if one.kind == "forward"] for passes in left]
+    ready = {Pass("forward", 0, micro_batch) for micro_batch in range(count)}
+    ticks = []
+    while any(left):
+        tick = [passes.pop(0) if passes and passes[0] in ready else None for passes in left]
+        assert any(tick), f"each rank waits for another one: {left}"
+        ready |= {needs(one, ranks, chunks) for one in tick if one is not None}
+        ticks.append(tick)
+    return ticks
+
+
+def chunk_of(model, index, is_first, is_last):
+    """A model of one chunk's layers of a rank's, called as `apply_pipeline_parallel` says."""
+    whole = model.model
+    with torch.device("meta"):
+        chunk = Llama(whole.config, whole.dtype, whole.activation_checkpointing)
+    mine = {
+        name: layer
+        for name, layer in whole.layers.items()
+        if next(layer.parameters()).chunk == index
+    }
+    chunk.model.layers = nn.ModuleDict(mine)
+    chunk.model.embed_tokens = whole.embed_tokens if is_first else nn.Identity()
+    chunk.model.norm = whole.norm if is_last else nn.Identity()
+    chunk.lm_head = model.lm_head if is_last else nn.Identity()
+    chunk.cross_entropy = model.cross_entropy if is_last else lambda x, targets: x
+    return chunk
+
+
+class Interleaved:
+    """A rank's chunks, each a `Stage`, and the plan that they follow."""
+
+    def __init__(self, args, model, group, engine, device):
+        self.group, self.count = group, args.gradient_accumulation_steps
+        self.stages = []
+        for index in range(args.pp_chunks):
+            is_first = group.is_first and index == 0
+            is_last = group.is_last and index == args.pp_chunks - 1
+            chunk = chunk_of(model, index, is_first, is_last)
+            self.stages.append(stage := Stage(args, chunk, group, engine, device))
+            stage.before = None if is_first else group.previous
+            stage.after = None if is_last else group.next
+            stage.timeline = self.stages[0].timeline
+        self.timeline = self.stages[0].timeline
+
+    def run(self, micro_batches, targets_in_all, backward):
+        """As `Stage.run`."""
+        for stage in self.stages:
+            stage.begin(targets_in_all)
+        if backward:
+            self.follow(list(micro_batches))
+        else:
+            for micro_batch in micro_batches:
+                self.follow([micro_batch], backward=False)
+                for stage in self.stages:
+                    stage.alive.clear()
+        return self.stages[-1].total
+
+    def follow(self, micro_batches, backward=True):
+        """Do the passes of a plan, and after each tick post the messages that it makes, together.
+
+        They are waited for where they are needed, and some ticks later, so that memory is free.
+        """
+        ranks, chunks, me = self.group.size, len(self.stages), self.group.rank
+        arriving, posted = {}, collections.deque()
+        for tick in plan(ranks, chunks, len(micro_batches), backward):
+            out = self.compute(tick[me], arriving, micro_batches) if tick[me] else None
+            sends, receives = [], {}
+            for rank, one in enumerate(tick):
+                then = needs(one, ranks, chunks) if one else None
+                if then is None or then.stage == one.stage:
+                    continue  # the loss, and the gradient of the tokens, go nowhere
+                if rank == me:
+                    sends.append((out.contiguous(), self.group.ranks[then.stage % ranks]))
+                elif then.stage % ranks == me:
+                    receives[then] = self.stages[0].empty(), self.group.ranks[rank]
+            messages = Messages(self.group, sends, receives.values())
+            arriving |= {then: (tensor, messages) for then, (tensor, _) in receives.items()}
+            posted.append(messages)
+            if len(posted) > 2 * ranks:
+                posted.popleft().wait()
+        for messages in posted:
+            messages.wait()
+
+    def compute(self, one, arriving, micro_batches):
+        """A pass, once its message is there; what it gives to the next."""
+        stage = self.stages[one.stage // self.group.size]
+        received = None
+        if one in arriving:
+            received, messages = arriving.pop(one)
+            with self.timeline.span("wait"):
+                messages.wait()
+        if one.kind == "forward":
+            return stage.forward(received, micro_batches[one.micro_batch])
+        return stage.backward(received)
+
+
+class Messages:
+    """What a tick sends and receives; `wait` can be called more than once."""
+
+    def __init__(self, group, sends, receives):
+        self.sends, self.handles = sends, pg.exchange(group, sends, receives)
+
+    def wait(self):
+        while self.handles:
+            self.handles.pop().wait()
+        self.sends = None
+
+
+def build_stage(args, model, group, engine, device):
+    """What runs this rank's part of the pipeline."""
+    kind = Interleaved if args.pp_chunks > 1 else Stage
+    return kind(args, model, group, engine, device)
