@@ -4,7 +4,7 @@ Every factorisation tp x cp x dp of 1, 2, 3, 4, 6 and 8 ranks is a row, once; wh
 split, every tp x cp x dp x pp of 2, 4 and 8 in which they are. The options of a row are chosen
 greedily, so that all rows together hold every pair of values of two different columns: tp split or
 not, cp split or not, dp split or not, engine, sequence parallelism, layers plain, recomputed or (on
-up to four ranks) compiled, embeddings tied or not, and in a pipeline the schedule and the number of
+two ranks at most) compiled, embeddings tied or not, and in a pipeline schedule and number of
 micro-batches. Rows are added for pairs that are left.
 
 `everything()` is the long list, for the step with all axes: every factorisation of 1, 2, 4 and 8
@@ -58,7 +58,7 @@ def choices(layout, axes):
     """
     tp, cp, dp, pp = layout
     engines = ENGINES if cp * dp > 1 and "dp" in axes else (None,)
-    layers = LAYERS if math.prod(layout) <= 4 else LAYERS[:2]
+    layers = LAYERS if math.prod(layout) <= 2 else LAYERS[:2]
     return itertools.product(
         *([size] for size in layout), engines, (False, True) if tp > 1 else (None,), layers,
         (False, True), MICRO_BATCHES if pp > 1 else (None,),

@@ -61,7 +61,8 @@ ROUTES = [
 def test_a_run_goes_on_on_another_layout(step_dir, worlds, tmp_path, subtests, tied):
     shape = SHAPE + STEPS + f"--dtype float64 --tie_word_embeddings {tied} "
     numbers, weights = train(worlds, step_dir, shape + batch(""))
-    for place, (before, after) in enumerate(ROUTES):
+    routes = [route for route in ROUTES if tied == "no" or "pp_size" in "".join(route)]
+    for place, (before, after) in enumerate(routes):
         with subtests.test(f"{before} -> {after}"):
             argv = shape + f"--checkpoint_dir {tmp_path / str(place)} --save_every 2 "
             first, _ = train(worlds, step_dir, argv + batch(before), until=2)

@@ -29,11 +29,11 @@ def rows(text):
 
 def test_other_layouts_converge(tmp_path):
     figure = tmp_path / "curves.png"
-    flags = "--tp_size 2 --dp_size 2 --micro_batch_size 2 --gradient_accumulation_steps 2"
+    flags = "--dp_size 2 --micro_batch_size 2 --gradient_accumulation_steps 2"
     run = "step6_data_parallel " + flags
     text = command("convergence.py", "--steps", "5", "--figure", str(figure), run)
     (base, other) = rows(text)
-    assert base[0] == "step3_dataloader" and other[:3] == ["step6_data_parallel", flags, "4"]
+    assert base[0] == "step3_dataloader" and other[:3] == ["step6_data_parallel", flags, "2"]
     assert float(other[3]) < 1e-12 and float(other[4]) < 1e-12
     assert other[6] == "ok"
     assert figure.read_bytes()[:4] == b"\x89PNG"

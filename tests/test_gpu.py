@@ -160,6 +160,8 @@ LAYOUTS[9] = [
     "--pp_size 2 --tp_size 2 --sequence_parallel --activation_checkpointing",
     "--tp_size 2 --pp_size 2 --dp_size 2 --dp_engine zero3",
     "--tp_size 2 --cp_size 2 --pp_size 2",
+    "--pp_size 2 --pp_engine interleaved",
+    "--pp_size 2 --pp_engine interleaved --dp_size 2 --dp_engine zero1 --compile",
 ]
 
 

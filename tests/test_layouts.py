@@ -85,6 +85,7 @@ def train_rows(step_dir, train_on, size, subtests):
             train_on(step_dir, size, argv, 2).assert_same_as(train_on(step_dir, 1, whole, 2))
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.steps(4)
 @pytest.mark.parametrize("size", [size for size in SIZES if size < 4])
 def test_all_layouts_train_the_same_model(step_dir, train_on, size, subtests):
@@ -99,6 +100,7 @@ def test_all_layouts_of_more_ranks(step_dir, train_on, size, subtests):
     train_rows(step_dir, train_on, size, subtests)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.steps(4)
 @settings(
     max_examples=10,
@@ -172,6 +174,15 @@ def test_a_layout_gives_the_same_bits_twice_and_when_resumed(step_dir, worlds, s
                 assert len(one) == 4 and one == begun + resumed
 
 
+def one_of_each(cases):
+    """The cases of a mistake after its first one are slow."""
+    names = [name for name, *_ in cases]
+    return [
+        pytest.param(*case, marks=pytest.mark.slow) if case[0] in names[:place] else case
+        for place, case in enumerate(cases)
+    ]
+
+
 # 4 sequences in 2 micro-batches on every dp rank.
 MISTAKES_4 = [
     ("no_sum_forward", "--tp_size 2", "another value"),
@@ -217,19 +228,19 @@ def notice(step_dir, train_on, mistake, flags, seen_in):
 
 
 @pytest.mark.steps(4, 4)
-@pytest.mark.parametrize("mistake, flags, seen_in", MISTAKES_4)
+@pytest.mark.parametrize("mistake, flags, seen_in", one_of_each(MISTAKES_4))
 def test_a_mistake_of_tensor_parallelism_is_noticed(step_dir, train_on, mistake, flags, seen_in):
     notice(step_dir, train_on, mistake, flags, seen_in)
 
 
 @pytest.mark.steps(5, 5)
-@pytest.mark.parametrize("mistake, flags, seen_in", MISTAKES_5)
+@pytest.mark.parametrize("mistake, flags, seen_in", one_of_each(MISTAKES_5))
 def test_a_mistake_of_context_parallelism_is_noticed(step_dir, train_on, mistake, flags, seen_in):
     notice(step_dir, train_on, mistake, flags, seen_in)
 
 
 @pytest.mark.steps(6, 6)
-@pytest.mark.parametrize("mistake, flags, seen_in", MISTAKES_6)
+@pytest.mark.parametrize("mistake, flags, seen_in", one_of_each(MISTAKES_6))
 def test_a_mistake_of_data_parallelism_is_noticed(step_dir, train_on, mistake, flags, seen_in):
     notice(step_dir, train_on, mistake, flags, seen_in)
 
@@ -252,8 +263,9 @@ MISTAKES_7 = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.steps(7)
-@pytest.mark.parametrize("mistake, flags, seen_in", MISTAKES_7)
+@pytest.mark.parametrize("mistake, flags, seen_in", one_of_each(MISTAKES_7))
 def test_a_mistake_of_pipelines_is_noticed(step_dir, train_on, mistake, flags, seen_in):
     flags += " --num_hidden_layers 4 --gradient_accumulation_steps 2 --micro_batch_size "
     flags += str(2 if "--dp_size" in flags else 4)

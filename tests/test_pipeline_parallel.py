@@ -16,6 +16,7 @@ def engines(step_dir):
     return [""] if step_number(step_dir) == 7 else ["--pp_engine afab", "--pp_engine 1f1b"]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("stages, micro_batches", [(2, 4), (4, 3), (3, 1)])
 def test_a_pipeline_is_bitwise_the_run_without_one(
     step_dir, train_on, stages, micro_batches, subtests
@@ -27,6 +28,7 @@ def test_a_pipeline_is_bitwise_the_run_without_one(
             run.assert_same_as(train_on(step_dir, 1, argv, 3), tolerance=0)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "layers, stages, vocab, expected",
     [
@@ -100,17 +102,20 @@ def test_a_timeline_is_a_trace(step_dir, worlds, tmp_path):
             assert later["ts"] >= end  # one thing at a time
 
 
+@pytest.mark.sampled
 def test_fewer_layers_than_stages(step_dir, worlds):
     (said,) = worlds(step_dir, 1).run(workers.refusal, "--pp_size 4 --num_hidden_layers 3", 4)
     assert "--pp_size 4" in said and "--num_hidden_layers 3" in said
 
 
+@pytest.mark.sampled
 def test_a_timeline_that_cannot_be_written(step_dir, worlds):
     argv = "--pp_size 2 --timeline /no/such/place.json"
     (said,) = worlds(step_dir, 1).run(workers.refusal, argv, 2)
     assert "--timeline '/no/such/place.json'" in said and "\n" not in said
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("engine", ["zero1", "zero3", "zero1 --pp_engine interleaved"])
 def test_the_held_out_loss_of_a_pipeline(step_dir, worlds, engine):
     if "interleaved" in engine and step_number(step_dir) < 9:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import trainer_workers
 import workers
-from launch import launch
+from launch import launch, ranks_of
 
 pytestmark = pytest.mark.steps(9)
 BREAKS = Path(__file__).with_name("breaks.py")
@@ -31,13 +31,16 @@ def curve(path):
     return [[line[key] for key in SAME] for line in lines]
 
 
+def trained(worlds, step_dir, argv):
+    """The curve of a run in a world."""
+    ranks = worlds(step_dir, ranks_of(argv)).run(trainer_workers.train_and_save, argv)
+    return ranks[0][0]
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(step_dir, tmp_path_factory):
+def uninterrupted(step_dir, worlds):
     """The curve of a run that nothing happens to."""
-    path = tmp_path_factory.mktemp("whole") / "metrics.jsonl"
-    result = launch(step_dir, TRAIN + SHARED + f"--metrics_file {path}")
-    assert result.code == 0, result.errors
-    return curve(path)
+    return trained(worlds, step_dir, TRAIN + SHARED)
 
 
 def assert_whole(run):
@@ -140,11 +143,10 @@ def test_a_signal_saves_and_says_so(step_dir, tmp_path, uninterrupted, who):
 
 
 @pytest.mark.parametrize("per_host", [1, pytest.param(4, marks=pytest.mark.slow)])
-def test_two_hosts_train_like_one(step_dir, tmp_path, per_host):
+def test_two_hosts_train_like_one(step_dir, worlds, tmp_path, per_host):
     layout = {1: "--tp_size 2 ", 4: "--tp_size 2 --dp_size 2 --pp_size 2 "}[per_host]
     argv = TRAIN + layout
-    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
-    assert launch(step_dir, argv + f"--metrics_file {one}").code == 0
+    one, two = trained(worlds, step_dir, argv), tmp_path / "two.jsonl"
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -155,17 +157,15 @@ def test_two_hosts_train_like_one(step_dir, tmp_path, per_host):
         for running in (a, b):
             said, _ = running.communicate(timeout=120)
             assert running.returncode == 0, said.decode()
-    assert curve(one) == curve(two)
-    assert len(curve(one)) >= 12
+    assert curve(two) == one
+    assert len(one) >= 12
 
 
 def test_one_run_on_three_layouts_then_exported_then_read_aloud(step_dir, worlds, tmp_path):
     """Saved on tp 2 x dp 2, resumed on pp 4, then on cp 2 x dp 2 with zero3; one loss curve."""
     out = tmp_path / "hf"
     argv = SMALL + "--dtype float64 --learning_rate 3e-3 --warmup_steps 2 --max_tokens 768 "
-    ((whole, _),) = worlds(step_dir, 1).run(
-        trainer_workers.train_and_save, argv + "--micro_batch_size 8"
-    )
+    whole = trained(worlds, step_dir, argv + "--micro_batch_size 8")
     argv += f"--checkpoint_dir {tmp_path / 'run'} --resume auto --save_every 2 "
     ours = []
     for steps, layout in (
@@ -224,7 +224,7 @@ def test_a_wrong_file_of_flags(step_dir, worlds, tmp_path, content, words):
     assert said.startswith(f"--config {file}: ") and words in said and "\n" not in said
 
 
-def test_what_a_run_leaves_starts_it_again(step_dir, tmp_path):
+def test_what_a_run_leaves_starts_it_again(step_dir, worlds, tmp_path):
     run, metrics = tmp_path / "run", tmp_path / "metrics.jsonl"
     argv = SMALL + "--tie_word_embeddings yes --max_tokens 640 --eval_every 4 "
     argv += f"--checkpoint_dir {run} --metrics_file {metrics} --save_every 9"
@@ -234,13 +234,10 @@ def test_what_a_run_leaves_starts_it_again(step_dir, tmp_path):
     held_out = {line["step"]: line["held_out"] for line in lines if "held_out" in line}
     assert list(held_out) == [4, 8]
     assert f"held-out {held_out[8]:.4f}" in result.out
-    for written in (run / "config.json", tmp_path / "metrics.config.json"):
-        again = tmp_path / f"{written.stem}-again"
-        result = launch(
-            step_dir, f"--config {written} --checkpoint_dir {again} --metrics_file {again}.jsonl"
-        )
-        assert result.code == 0, result.errors
-        assert curve(f"{again}.jsonl") == curve(metrics)
+    written = run / "config.json"
+    assert written.read_text() == (tmp_path / "metrics.config.json").read_text()
+    argv = f"--config {written} --checkpoint_dir {tmp_path / 'again'}"
+    assert trained(worlds, step_dir, argv) == curve(metrics)
 
 
 def test_lines_of_steps_that_are_trained_again_are_dropped(step_dir, worlds, tmp_path):

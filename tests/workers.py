@@ -792,6 +792,23 @@ def refusal(argv, started):
     raise AssertionError(f"{argv} was taken for a good call")
 
 
+def refusals_of_setup(argvs):
+    """What each of several wrong calls is told, in order, before it trains."""
+    import errors
+
+    said = []
+    for argv in argvs:
+        try:
+            build(argv)
+        except errors.UserError as error:
+            said.append(str(error))
+        else:
+            said.append("nothing")
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return said
+
+
 def attended_pairs(seq, cp):
     """For each rank of a ring, how often it attends from a query to a key: [seq, seq]."""
     from types import SimpleNamespace
