@@ -55,8 +55,8 @@ class Pass(NamedTuple):
 def passes_of(rank, ranks, chunks, count):
     """What a rank does, in order. Micro-batches go round in groups of as many as there are ranks.
 
-    A rank runs ahead by the chunks before its last one, and by twice its distance from the end;
-    then one forward, one backward.
+    A rank runs ahead by the chunks before its last one, and by twice its distance from the end:
+    once would do if messages took no time. Then one forward, one backward.
     """
     rounds = [range(start, min(start + ranks, count)) for start in range(0, count, ranks)]
 

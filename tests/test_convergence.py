@@ -1,6 +1,7 @@
 """convergence.py and benchmark.py as commands."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -62,6 +63,19 @@ def test_a_planted_error_is_caught(dtype, steps):
 )
 def test_a_run_that_cannot_be_compared_is_refused(run, words):
     assert words in command("convergence.py", "--steps", "1", run, code=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_all_layouts():
+    text = command("convergence.py", "--all-layouts")
+    sizes = [tuple(map(int, row[:4])) for row in rows(text)]
+    assert len(set(sizes)) == len(sizes) == 45 and (2, 2, 2, 2) in sizes
+    for row in rows(text):
+        ranks, runs = map(int, row[4:6])
+        assert ranks == math.prod(map(int, row[:4]))
+        assert runs >= (6 if row[3] != "1" else 1)
+        assert max(map(float, row[6:])) < 1e-10
 
 
 @pytest.mark.slow

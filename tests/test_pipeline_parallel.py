@@ -5,7 +5,8 @@ import json
 import pytest
 import workers
 from conftest import step_number
-from launch import ranks_of
+from launch import ranks_of, sequences_of
+from layouts import ENGINES
 
 pytestmark = pytest.mark.steps(7)
 SMALL = "--num_hidden_layers 4 --seq_len 16 --micro_batch_size 2 --dataset_name random "
@@ -129,6 +130,32 @@ def test_the_held_out_loss_of_a_pipeline(step_dir, worlds, engine):
         assert losses == pytest.approx(alone, rel=1e-12)
 
 
+SEVEN = (
+    "--dtype float64 --num_hidden_layers 7 --seq_len 16 --dataset_name random --vocab_size 257 "
+    "--learning_rate 3e-3 --warmup_steps 2 "
+)
+
+
+@pytest.mark.sampled
+@pytest.mark.steps(7)
+@pytest.mark.parametrize("tied", ["yes", "no"])
+@pytest.mark.parametrize(
+    "layout",
+    [*(f"--pp_size 3 --gradient_accumulation_steps {count}" for count in (8, 2, 1)),
+     *(f"--pp_size 2 --dp_size 2 --dp_engine {engine} --gradient_accumulation_steps 4"
+       for engine in ENGINES)],
+)  # fmt: skip
+def test_seven_layers_on_two_and_three_stages(step_dir, train_on, subtests, layout, tied):
+    """With more micro-batches than stages, fewer, and one; with every data-parallel engine."""
+    same = SEVEN + f"--tie_word_embeddings {tied} "
+    size = 8 // sequences_of(layout + " --micro_batch_size 1")
+    for engine in engines(step_dir):
+        with subtests.test(engine):
+            argv = same + f"{layout} --micro_batch_size {size} {engine}"
+            run = train_on(step_dir, ranks_of(argv), argv, 2)
+            run.assert_same_as(train_on(step_dir, 1, same + "--micro_batch_size 8", 2))
+
+
 INTERLEAVED = "--pp_engine interleaved "
 
 
@@ -158,13 +185,11 @@ def test_interleaved_is_bitwise_the_run_without_one(
     ],
 )
 def test_interleaved_beside_other_axes(step_dir, train_on, flags):
-    same = "--dtype float64 --num_hidden_layers 7 --seq_len 16 --dataset_name random "
-    same += "--vocab_size 257 --learning_rate 3e-3 --warmup_steps 2 "
-    argv = same + INTERLEAVED + f"--pp_size 2 --gradient_accumulation_steps 4 {flags} "
+    argv = SEVEN + INTERLEAVED + f"--pp_size 2 --gradient_accumulation_steps 4 {flags} "
     size = 1 if "dp_size" in flags else 2
     tied = "--tie_word_embeddings yes " if "tie_" in flags else ""
     run = train_on(step_dir, ranks_of(argv), argv + f"--micro_batch_size {size}", 2)
-    run.assert_same_as(train_on(step_dir, 1, same + tied + "--micro_batch_size 8", 2))
+    run.assert_same_as(train_on(step_dir, 1, SEVEN + tied + "--micro_batch_size 8", 2))
 
 
 @pytest.mark.steps(9)
