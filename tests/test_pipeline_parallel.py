@@ -1,5 +1,6 @@
 """What pipelines promise beyond equal numbers."""
 
+import itertools
 import json
 
 import pytest
@@ -212,6 +213,10 @@ def test_the_plan_of_interleaved_loses_no_tick(step_dir, worlds):
                         assert done[(*before, micro_batch)] < number
                     done[kind, stage, micro_batch] = number
         assert len(done) == 2 * ranks * chunks * count
+        for rank in range(ranks):
+            ways = [1 if tick[rank][0] == "forward" else -1 for tick in ticks if tick[rank]]
+            ahead = (chunks - 1) * ranks + 2 * (ranks - rank - 1)
+            assert max(itertools.accumulate(ways)) == min(ahead + 1, chunks * count)
 
 
 @pytest.mark.steps(9)
