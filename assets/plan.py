@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "step9_4d"))
-from pipeline_parallel import deal_layers  # noqa: E402
+from context_parallel import check_context_parallel  # noqa: E402
+from errors import UserError  # noqa: E402
+from pipeline_parallel import check_pipeline_parallel, deal_layers  # noqa: E402
 from presets import load_config  # noqa: E402
+from tensor_parallel import check_tensor_parallel  # noqa: E402
 
 SIZES = ("pp_size", "dp_size", "cp_size", "tp_size", "micro_batch_size",
          "gradient_accumulation_steps")  # fmt: skip
@@ -31,7 +34,13 @@ def parse_args(argv):
     parser.add_argument("--sequence_parallel", action="store_true")
     parser.add_argument("--activation_checkpointing", action="store_true")
     args = parser.parse_args(argv)
-    args.config = load_config(args)
+    args.timeline = None
+    try:
+        args.config = load_config(args)
+        for check in (check_tensor_parallel, check_context_parallel, check_pipeline_parallel):
+            check(args)
+    except UserError as error:
+        parser.error(str(error))
     return args
 
 

@@ -24,6 +24,9 @@ from presets import preset
 from resharding import read_tensors, tensors_of, write_tensors
 
 MODEL_FIELDS = sorted(vars(preset("debug")))  # of a configuration
+# What makes a run another one, but may be meant.
+MAY_CHANGE = ("dataset_name", "tokenizer_name", "max_tokens", "learning_rate", "warmup_steps",
+              "weight_decay", "max_grad_norm", "dtype")  # fmt: skip
 
 
 def checkpoints(directory):
@@ -49,7 +52,8 @@ def read_about(flag, path):
     try:
         about = json.loads((path / "checkpoint.json").read_text())
         sizes = {name: (path / name).stat().st_size for name in about["files"]}
-    except (OSError, ValueError, KeyError) as error:
+        _ = [about[key] for key in ("step", "flags", "model", "tokenizer", "dtype")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{flag} {path}: {in_one_line(error)}: {remedy}") from None
     for name, size in about["files"].items():
         if sizes[name] != size:
@@ -58,6 +62,7 @@ def read_about(flag, path):
 
 
 def model_fields(config):
+    """What makes a model's shape, {name: value}."""
     return {name: getattr(config, name) for name in MODEL_FIELDS}
 
 
@@ -76,6 +81,8 @@ def check_checkpoints(args):
             Path(args.checkpoint_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--checkpoint_dir {args.checkpoint_dir}: {error.strerror}") from None
+        if not os.access(args.checkpoint_dir, os.W_OK):
+            raise UserError(f"--checkpoint_dir {args.checkpoint_dir}: may not be written")
         found = checkpoints(args.checkpoint_dir)
     if args.resume == "auto":
         args.resume = found[-1] if found else None
@@ -101,12 +108,16 @@ def compare(args, about):
     ))  # fmt: skip
     # As JSON has it, where a float is as it was and a tuple is a list.
     model = json.loads(json.dumps(model_fields(args.config)))
-    pairs += [(f"a model of {name}", about["model"][name], model[name]) for name in MODEL_FIELDS]
+    pairs += [(f"a model of {name}", about["model"].get(name), model[name]) for name in model]
+    tokenizers = about["tokenizer"], tokenizer_of(args)
+    if "bytes" in tokenizers:  # others may have moved
+        pairs.append(("--tokenizer_name", *tokenizers))
     for what, saved, wanted in pairs:
         if saved != wanted:
             raise UserError(f"--resume {args.resume}: saved with {what} {saved}, not {wanted}")
-    if there["dataset_name"] != here["dataset_name"]:
-        note(f"--resume {args.resume}: until now the data set was {there['dataset_name']}")
+    for name in MAY_CHANGE:
+        if there[name] != here[name]:
+            note(f"--resume {args.resume}: until now --{name} was {there[name]}")
 
 
 def listen(state):
@@ -129,11 +140,15 @@ def save(state):
     """Save the run as it is after a step, and delete what `--keep_last` does not keep.
 
     If a rank dies meanwhile, what is there is a hidden directory, which the next save removes.
+    Raises UserError if it can't be written, or if the hosts do not share it.
     """
     directory, name = Path(state.args.checkpoint_dir), f"step_{state.step:08d}"
-    dist.barrier()  # no survivor of a dead rank goes any further
-    pg.from_first(state.mesh.world, lambda: clean(directory))
     aside = directory / f".{name}"
+    dist.barrier()  # no survivor of a dead rank goes any further
+    on_first(state, lambda: (clean(directory), aside.mkdir()))
+    missing = pg.max_over_ranks([not aside.is_dir()], state.mesh.world, state.device)
+    if missing.item():
+        raise UserError(f"--checkpoint_dir {directory}: name one that all hosts share")
     tensors = tensors_of(state.parameters, state.model.parameter_names, state.optimizer)
     write_tensors(tensors, aside)
 
@@ -146,7 +161,19 @@ def save(state):
         if state.stop:
             (directory / "RESUME").write_text(name + "\n")
 
-    pg.from_first(state.mesh.world, complete)
+    on_first(state, complete)
+
+
+def on_first(state, act):
+    """Let the first rank change files; if it can't, raises UserError on every rank."""
+
+    def tried():
+        try:
+            act()
+        except OSError as error:
+            raise UserError(f"--checkpoint_dir {state.args.checkpoint_dir}: {error}") from error
+
+    pg.from_first(state.mesh.world, tried)
 
 
 def clean(directory):
@@ -172,8 +199,11 @@ def write_about(args, step, directory):
 
 
 def load(state):
-    """Go on from the checkpoint in `args.resume`, whatever layout it was saved on."""
-    path = pg.from_first(state.mesh.world, lambda: state.args.resume)
+    """Go on from the checkpoint in `args.resume`, whatever layout it was saved on.
+
+    Raises UserError for files that can't be read.
+    """
+    path = state.args.resume
     tensors = tensors_of(state.parameters, state.model.parameter_names, state.optimizer)
     read_tensors(tensors, path)
     state.engine.finish_update()

@@ -11,18 +11,23 @@ def parse_with_file(parser, argv):
 
     Returns the arguments, and as `flags` all of them by name, as they were given. Raises UserError.
     """
-    file = parser.parse_args(argv).config
+    file = parser.parse_args(argv).config_file
     args = parser.parse_args([*(flags_in(file, parser) if file else []), *argv])
-    args.flags = {name: value for name, value in vars(args).items() if name != "config"}
+    args.flags = {name: value for name, value in vars(args).items() if name != "config_file"}
     return args
 
 
 def flags_in(file, parser):
-    """The command line that a file stands for: {"tp_size": 2, "sequence_parallel": true}."""
+    """The command line that a file stands for: {"tp_size": 2, "sequence_parallel": true}.
+
+    Raises UserError for a file that can't be read, and for wrong flags in it.
+    """
     try:
         values = json.loads(Path(file).read_text())
         if not isinstance(values, dict):
             raise UserError("not an object with the names of flags")
+        if "config" in values:
+            raise UserError("a file can't name another one: leave --config out of it")
         given = {name: value for name, value in values.items() if value not in (None, False)}
         argv = [f"--{n}" if value is True else f"--{n}={value}" for n, value in given.items()]
         parser.parse_args(argv)

@@ -7,6 +7,7 @@ all that has to be saved to go on from here.
 
 import hashlib
 import itertools
+import os
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -58,6 +59,11 @@ class Order:
             yield [self.sequence(start + row) for row in range(size)]
 
 
+def leave_the_group(worker):
+    """In a loading process: let SIGTERM to this rank's group not end it before the step is over."""
+    os.setsid()
+
+
 class Batches:
     """Deals the sequences of each step to micro-batches, and keeps the last 1/64 of them apart.
 
@@ -89,6 +95,7 @@ class Batches:
         workers = {"num_workers": args.num_workers}
         if args.num_workers:
             workers["multiprocessing_context"] = "fork"  # the array is mapped, not sent
+            workers["worker_init_fn"] = leave_the_group
         self.options = {**workers, "pin_memory": device.type == "cuda"}
         self.next_step, self.loading = None, None
 

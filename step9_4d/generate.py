@@ -5,7 +5,6 @@ torchrun --nproc_per_node 2 generate.py --load_hf exported --tp_size 2
 """
 
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -22,7 +21,7 @@ from errors import (
     positive_int,
     stop,
 )
-from huggingface import check_directory, load_hf, stored_slices
+from huggingface import check_directory, is_local, load_hf, stored_slices
 from model import Llama, causal_attention, materialize
 from presets import from_transformers, hub_is_unreachable
 from resharding import read_weights
@@ -47,8 +46,6 @@ def parse_args(argv):
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--tp_size", type=positive_int, default=1, help="ranks that share a layer")
     args = parser.parse_args(argv)
-    if args.tokenizer_name not in (None, "bytes") and not Path(args.tokenizer_name).is_dir():
-        hub_is_unreachable()  # before a library that would go on asking is imported
     pg.check_world(args.device, args.tp_size)
     if args.checkpoint is not None:
         args.checkpoint = find("--checkpoint", args.checkpoint)
@@ -56,10 +53,14 @@ def parse_args(argv):
         args.config, tokenizer = SimpleNamespace(**about["model"]), about["tokenizer"]
     else:
         check_directory(args.load_hf)
-        args.config, tokenizer = from_transformers(args.load_hf), args.load_hf
+        tokenizer = args.load_hf
+    args.tokenizer_name = args.tokenizer_name or tokenizer
+    if not is_local(args.tokenizer_name):
+        hub_is_unreachable()  # before a library that would go on asking is imported
+    if args.load_hf is not None:
+        args.config = from_transformers(args.load_hf)
         stored_slices(args.load_hf, args.config)
     check_tensor_parallel(SimpleNamespace(**vars(args), sequence_parallel=False))
-    args.tokenizer_name = args.tokenizer_name or tokenizer
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     return args
 
@@ -74,7 +75,11 @@ class Cache:
     def __init__(self, most):
         self.most, self.length = most, 0
 
-    def __call__(self, q, k, v):  # [batch, new, heads, head_dim]
+    def __call__(self, q, k, v):
+        """Attention of all tokens of a first call, then of one new token a call.
+
+        q: [batch, new, heads, head_dim], k, v: [batch, new, kv_heads, head_dim]; returns as q.
+        """
         if self.length == 0:
             self.k, self.v = (t.new_empty(t.shape[0], self.most, *t.shape[2:]) for t in (k, v))
         start, self.length = self.length, self.length + q.shape[1]
@@ -129,7 +134,7 @@ def generate(model, group, prompt, args, end):
 
 
 def load(args, device, group):
-    """This rank's part of the model that was asked for, filled."""
+    """This rank's part of the model that was asked for, filled; raises UserError."""
     with torch.device("meta"):
         model = Llama(args.config, DTYPES[args.dtype])
     apply_tensor_parallel(model, group)

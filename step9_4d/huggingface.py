@@ -7,7 +7,9 @@ of ours, and `transformers` does the rest. So any checkpoint can be exported lat
 python huggingface.py --checkpoint runs/first --save_hf exported
 """
 
+import errno
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -21,7 +23,7 @@ from checkpoint import find, read_about
 from corpus import load_tokenizer, tokenizer_of
 from errors import ArgumentParser, UserError, in_one_line, stop
 from model import Llama, materialize
-from presets import load_config
+from presets import hub_is_unreachable, load_config
 from resharding import read_weights, tensors_of, write_tensors
 
 
@@ -48,10 +50,18 @@ def check_save_hf(directory):
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
         used = any(Path(directory).iterdir())
+        if not os.access(directory, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(f"--save_hf {directory}: {error.strerror}; name a directory") from None
     if used:
         raise UserError(f"--save_hf {directory}: not empty; name another directory")
+
+
+def check_tokenizer(args, world):
+    """Let the first rank open the tokenizer that --save_hf needs at the end; raises UserError."""
+    if args.save_hf is not None:
+        pg.from_first(world, lambda: load_tokenizer(tokenizer_of(args)) and None)
 
 
 def check_directory(path):
@@ -91,6 +101,11 @@ def stored_slices(directory, config):
     return slices
 
 
+def is_local(tokenizer_name):
+    """Whether a tokenizer needs no hub."""
+    return tokenizer_name == "bytes" or Path(tokenizer_name).is_dir()
+
+
 def load_hf(model, directory):
     """Fill a model with this rank's slices of a directory's tensors; raises UserError."""
     slices = stored_slices(directory, model.model.config)
@@ -101,19 +116,28 @@ def load_hf(model, directory):
 def save_hf(state, directory):
     """Write the model so that `AutoModelForCausalLM.from_pretrained` opens it.
 
-    In the dtype of the weights, with config, tokenizer and defaults for generating.
+    In the dtype of the weights, with config, tokenizer and defaults for generating; complete or
+    absent. Raises UserError if it can't be written.
     """
-    aside = Path(directory) / ".parts"
-    write_tensors(tensors_of(state.parameters, state.model.parameter_names), aside)
+    parts = hidden(directory) / "parts"
+    write_tensors(tensors_of(state.parameters, state.model.parameter_names), parts)
     args, dtype = state.args, state.parameters[0].dtype
     pg.from_first(
-        state.mesh.world, lambda: export(aside, directory, args.config, dtype, tokenizer_of(args))
+        state.mesh.world, lambda: export(parts, directory, args.config, dtype, tokenizer_of(args))
     )
-    pg.from_first(state.mesh.world, lambda: shutil.rmtree(aside))
+
+
+def hidden(directory):
+    """Where to write before it gets that name."""
+    path = Path(directory).absolute()
+    return path.with_name(f".{path.name}")
 
 
 def export(checkpoint, directory, config, dtype, tokenizer_name):
-    """In one process: from the tensors of a checkpoint to a Hugging Face directory."""
+    """In one process: from the tensors of a checkpoint to a Hugging Face directory.
+
+    Raises UserError for a tokenizer that can't be had, or files that can't be read.
+    """
     import transformers
 
     with torch.device("meta"):
@@ -132,8 +156,11 @@ def export(checkpoint, directory, config, dtype, tokenizer_name):
     )
     if (Path(tokenizer_name) / "generation_config.json").exists():
         theirs.generation_config = transformers.GenerationConfig.from_pretrained(tokenizer_name)
-    theirs.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    aside = hidden(directory) / "whole"
+    theirs.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    aside.rename(directory)  # empty, as `check_save_hf` left it
+    shutil.rmtree(hidden(directory))
 
 
 def main(argv):
@@ -144,6 +171,8 @@ def main(argv):
     check_save_hf(args.save_hf)
     path = find("--checkpoint", args.checkpoint)
     about = read_about("--checkpoint", path)
+    if not is_local(about["tokenizer"]):
+        hub_is_unreachable()  # before a library that would go on asking is imported
     config = SimpleNamespace(**about["model"])
     export(path, args.save_hf, config, getattr(torch, about["dtype"]), about["tokenizer"])
     print(f"{path} -> {args.save_hf}")

@@ -2,8 +2,8 @@
 
 With v chunks a rank there are p * v virtual stages; virtual stage s is chunk s // p of rank s % p,
 so a micro-batch goes round the ranks v times. Filling and draining the pipeline still takes p - 1
-passes, but of a chunk, a v-th of a stage: of m micro-batches' time p - 1 / (v m + p - 1) is idle.
-The price: v times the messages, and more micro-batches alive.
+passes, but of a chunk, a v-th of a stage: a share (p - 1) / (v m + p - 1) of the step is idle. The
+price: about v times the messages, and more micro-batches alive.
 
 Source: Megatron-LM (arXiv:2104.04473), section 2.2.
 """
@@ -36,7 +36,7 @@ def check_interleaved(args):
         raise UserError(f"{sizes}: two chunks or more; or use --pp_engine 1f1b")
     if args.gradient_accumulation_steps % args.pp_size:
         steps = args.gradient_accumulation_steps
-        raise UserError(f"{sizes}: --gradient_accumulation_steps {steps} must be a multiple of it")
+        raise UserError(f"{sizes}: --gradient_accumulation_steps {steps} is no multiple of pp_size")
     if args.dp_engine == "zero3" and args.dp_size * args.cp_size > 1:
         raise UserError(
             f"{sizes} and --dp_engine zero3: a chunk's weights would be gathered for "
@@ -70,7 +70,7 @@ def passes_of(rank, ranks, chunks, count):
     return [*forward[:ahead], *(one for pair in both for one in pair), *backward[-ahead:]]
 
 
-def needs(one, ranks, chunks):
+def enables(one, ranks, chunks):
     """The pass that can be done once this one is, with its result; None after the last."""
     if one.kind == "backward":
         return one._replace(stage=one.stage - 1) if one.stage > 0 else None
@@ -93,13 +93,13 @@ def plan(ranks, chunks, count, backward=True):
     while any(left):
         tick = [passes.pop(0) if passes and passes[0] in ready else None for passes in left]
         assert any(tick), f"each rank waits for another one: {left}"
-        ready |= {needs(one, ranks, chunks) for one in tick if one is not None}
+        ready |= {enables(one, ranks, chunks) for one in tick if one is not None}
         ticks.append(tick)
     return ticks
 
 
 def chunk_of(model, index, is_first, is_last):
-    """A model of one chunk's layers of a rank's, called as `apply_pipeline_parallel` says."""
+    """A model that shares one chunk's layers with the rank's, to be called like a stage's."""
     whole = model.model
     with torch.device("meta"):
         chunk = Llama(whole.config, whole.dtype, whole.activation_checkpointing)
@@ -133,7 +133,7 @@ class Interleaved:
         self.timeline = self.stages[0].timeline
 
     def run(self, micro_batches, targets_in_all, backward):
-        """As `Stage.run`."""
+        """As `Stage.run`: the sum of losses, a float64 scalar; zero but where the last chunk is."""
         for stage in self.stages:
             stage.begin(targets_in_all)
         if backward:
@@ -156,7 +156,7 @@ class Interleaved:
             out = self.compute(tick[me], arriving, micro_batches) if tick[me] else None
             sends, receives = [], {}
             for rank, one in enumerate(tick):
-                then = needs(one, ranks, chunks) if one else None
+                then = enables(one, ranks, chunks) if one else None
                 if then is None or then.stage == one.stage:
                     continue  # the loss, and the gradient of the tokens, go nowhere
                 if rank == me:
@@ -191,6 +191,7 @@ class Messages:
         self.sends, self.handles = sends, pg.exchange(group, sends, receives)
 
     def wait(self):
+        """Wait for all of them, and let go of what was sent."""
         while self.handles:
             self.handles.pop().wait()
         self.sends = None

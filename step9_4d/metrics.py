@@ -62,7 +62,7 @@ class Metrics:
         if args.metrics_file:
             lines = open(args.metrics_file).readlines() if step else []
             self.file = open(args.metrics_file, "w")
-            self.file.writelines(line for line in lines if json.loads(line)["step"] <= step)
+            self.file.writelines(line for line in lines if is_up_to(step, line))
         if args.use_wandb:
             import wandb
 
@@ -105,6 +105,14 @@ class Metrics:
             self.file.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def is_up_to(step, line):
+    """Whether a line is whole, and of a step up to that one."""
+    try:
+        return json.loads(line)["step"] <= step
+    except ValueError:  # cut off by a kill
+        return False
 
 
 def readable(metrics):

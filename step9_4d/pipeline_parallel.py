@@ -70,11 +70,11 @@ def apply_pipeline_parallel(model, group, chunks=1):
         return
     dealt = deal_layers(model.model.config, group.size * chunks)[group.rank :: group.size]
     for name, layer in list(model.model.layers.items()):
-        chunk = [int(name) in layers for layers in dealt]
-        for parameter in layer.parameters():
-            parameter.chunk = chunk.index(True) if any(chunk) else None
-        if not any(chunk):
+        chunk = next((i for i, layers in enumerate(dealt) if int(name) in layers), None)
+        if chunk is None:
             del model.model.layers[name]
+        for parameter in layer.parameters():
+            parameter.chunk = chunk
     if not group.is_first:
         model.model.embed_tokens = nn.Identity()
     if not group.is_last:

@@ -23,6 +23,7 @@ def rectangles(parameter):
     Yields (offsets, sizes, part): a rectangle of the full tensor, and the slice of this rank's
     elements, flattened, that fills it. A sharding engine's piece is a run of elements of what the
     layout's slices hold: the end of a row, whole rows, the beginning of a row, any of them missing.
+    In rows of 4 the run 3:10 is 3:4, 4:8 and 8:10. A vector is one row.
     """
     first = [held.start for held in parameter.held]
     width = parameter.held[-1].stop - first[-1]
@@ -60,6 +61,7 @@ class SavePlanner(dcp.DefaultSavePlanner):
     """Writes the parts of `Tensors`; what several ranks hold, the least busy of them writes."""
 
     def create_local_plan(self):
+        """What this rank has: an item for each part."""
         items = []
         for key, tensor in self.state_dict.items():
             for offsets, view in tensor.parts.items():
@@ -73,6 +75,7 @@ class SavePlanner(dcp.DefaultSavePlanner):
         return planner.SavePlan(items)
 
     def resolve_data(self, item):
+        """The tensor that one of those items writes."""
         return self.state_dict[item.index.fqn].parts[item.index.offset]
 
 
@@ -80,33 +83,38 @@ class LoadPlanner(dcp.DefaultLoadPlanner):
     """Fills the parts of `Tensors` from whatever parts a checkpoint has."""
 
     def set_up_planner(self, state_dict, metadata=None, is_coordinator=False):
+        """The library's first call, with what the checkpoint says of itself."""
         self.state_dict, self.metadata = state_dict, metadata
 
     def create_local_plan(self):
+        """What this rank wants: an item for each overlap of a part of its own with a stored one."""
         items = []
         for key, tensor in self.state_dict.items():
             chunks = [
                 metadata.ChunkStorageMetadata(offsets, view.shape)
                 for offsets, view in tensor.parts.items()
             ]
-            there = self.metadata.state_dict_metadata[key]
-            items += planner_helpers.create_read_items_for_chunk_list(key, there, chunks)
+            stored = self.metadata.state_dict_metadata[key]
+            items += planner_helpers.create_read_items_for_chunk_list(key, stored, chunks)
         return planner.LoadPlan(items)
 
     def lookup_tensor(self, index):
+        """Where to put what one such item reads."""
         return self.state_dict[index.fqn].parts[index.offset]
 
 
 def tensors_of(parameters, names, optimizer=None):
     """Weights, and with an optimizer its two averages of each, as `Tensors`."""
-    kinds = [""] if optimizer is None else ["", ".exp_avg", ".exp_avg_sq"]
+    averages = [] if optimizer is None else ["exp_avg", "exp_avg_sq"]
     tensors = Tensors()
     for parameter in parameters:
-        for kind in kinds:
-            tensor = moments(optimizer, parameter)[kind[1:]] if kind else parameter
-            tensors.put(parameter.global_name + kind, parameter, tensor)
-    for key in (name + kind for name in names for kind in kinds):
-        tensors.setdefault(key, Tensor(torch.Size()))  # of another pipeline stage
+        name = parameter.global_name
+        tensors.put(name, parameter, parameter)
+        for average in averages:
+            tensors.put(f"{name}.{average}", parameter, moments(optimizer, parameter)[average])
+    for name in names:  # those of other pipeline stages, too
+        for key in (name, *(f"{name}.{average}" for average in averages)):
+            tensors.setdefault(key, Tensor(torch.Size()))
     return tensors
 
 

@@ -31,7 +31,7 @@ from errors import (
     positive_int,
     stop,
 )
-from huggingface import load_checked_config, load_hf, save_hf
+from huggingface import check_tokenizer, load_checked_config, load_hf, save_hf
 from interleaved import PIPELINE_ENGINES, build_stage, check_interleaved
 from ledger import communication_ledger, report_traffic
 from metrics import Metrics, flops_per_token, peak_memory_gb
@@ -94,7 +94,7 @@ def parse_args(argv):
     parser.add_argument("--pp_engine", choices=PIPELINE_ENGINES, default="1f1b")
     parser.add_argument("--pp_chunks", type=positive_int, default=2, help="a rank, interleaved")
     # a run that lasts
-    parser.add_argument("--config", help="a JSON file of flags; one given here wins")
+    parser.add_argument("--config", dest="config_file", help="JSON of flags; one given here wins")
     parser.add_argument("--checkpoint_dir", help="checkpoints of this run go here")
     parser.add_argument("--save_every", type=positive_int, help="steps; always at the end")
     parser.add_argument("--keep_last", type=positive_int, default=3, help="older ones are deleted")
@@ -156,12 +156,14 @@ def setup(args):
     device = pg.init_processes(args.device)
     mesh = pg.Mesh(args.tp_size, args.cp_size, args.dp_size, args.pp_size)
     tokens = load_tokens(args, mesh.world, device)  # before the model: it may find a wrong name
+    check_tokenizer(args, mesh.world)
 
     with torch.device("meta"):  # no memory yet: a rank will hold only its own part
         model = Llama(args.config, DTYPES[args.dtype], args.activation_checkpointing)
     apply_tensor_parallel(model, mesh.group("tp"), args.sequence_parallel)
     apply_context_parallel(model, mesh.group("cp"))
     apply_pipeline_parallel(model, mesh.group("pp"), args.pp_chunks)
+    args.resume = pg.from_first(mesh.world, lambda: args.resume)  # one checkpoint for all
     loads = args.resume or args.load_hf
     materialize(model, None if loads else args.seed, device)
     if args.load_hf and not args.resume:
@@ -232,7 +234,7 @@ def train_step(state):
     maxima = pg.max_over_ranks(own, state.mesh.world, state.device)
     # The only place where the host waits for the device.
     loss, grad_norm, memory, asked = torch.stack([loss, grad_norm, *maxima]).tolist()
-    state.stop = asked > 0
+    state.stop = asked > 0 and state.step < args.total_steps
     if not math.isfinite(loss + grad_norm):
         raise UserError(
             f"loss {loss}, gradient norm {grad_norm} at step {state.step}: lower --learning_rate "
@@ -273,7 +275,7 @@ def main(args):
             result = train_step(state)
         counting = False
         with metrics.paused():
-            if args.eval_every and state.step % args.eval_every == 0:
+            if args.eval_every and state.step % args.eval_every == 0 and not state.stop:
                 result["held_out"] = evaluate(state)
         if speaks:
             metrics.log(result)

@@ -191,6 +191,20 @@ def test_a_place_is_needed(step_dir, worlds, flags, words):
     assert all(word in said for word in words), said
 
 
+def test_hosts_that_share_no_directory(step_dir, worlds, tmp_path):
+    argv = SHAPE + STEPS + batch("--dp_size 2")
+    for said in worlds(step_dir, 2).run(trainer_workers.saved_apart, argv, tmp_path):
+        assert said and "all hosts share" in said
+    assert not list(tmp_path.glob("*/step_*"))
+
+
+def test_a_signal_in_the_last_step_leaves_nothing_to_resume(step_dir, worlds, tmp_path):
+    argv = SHAPE + STEPS + batch("--dp_size 2") + f"--checkpoint_dir {tmp_path / 'run'}"
+    for step, _, stop in worlds(step_dir, 2).run(trainer_workers.asked_to_stop, argv, 1, 4):
+        assert step == 4 and not stop
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step_00000004"]
+
+
 def test_auto_begins_anew_where_there_is_none(step_dir, worlds, tmp_path):
     argv = SHAPE + STEPS + batch("") + f"--checkpoint_dir {tmp_path} --resume auto "
     numbers, _ = train(worlds, step_dir, argv)

@@ -99,3 +99,10 @@ def test_the_plan_is_what_a_run_does(step_dir, worlds, plan, layout):
             # What is left out: a number a token for each norm, one for each head, positions.
             assert layers + end == pytest.approx(kept, rel=0.05)
             assert layers + end <= kept
+
+
+@pytest.mark.parametrize("flags", ["--tp_size 3", "--cp_size 3", "--pp_size 64", "--model_name x"])
+def test_a_layout_that_cannot_run_is_refused(plan, flags, capsys):
+    with pytest.raises(SystemExit):
+        plan.parse_args(flags.split())
+    assert flags.split()[0] in capsys.readouterr().err.splitlines()[-1]

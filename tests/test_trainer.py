@@ -120,7 +120,7 @@ def wait_for_steps(running, metrics, count):
 @pytest.mark.parametrize("who", [pytest.param("a rank", marks=pytest.mark.slow), "the launcher"])
 def test_a_signal_saves_and_says_so(step_dir, tmp_path, uninterrupted, who):
     run, metrics = tmp_path / "run", tmp_path / "metrics.jsonl"
-    argv = TRAIN + SHARED + f"--checkpoint_dir {run} --metrics_file {metrics} "
+    argv = TRAIN + SHARED + f"--checkpoint_dir {run} --metrics_file {metrics} --num_workers 2 "
     # Steps so slow that the signal comes before the end.
     slow = (str(BREAKS), "slow_steps")
     with job(step_dir, argv, 2, "--standalone", *slow) as running:
@@ -211,6 +211,7 @@ def test_a_file_of_flags(step_dir, worlds, tmp_path):
         ("{", "Expecting"),
         ("[1]", "not an object"),
         ('{"tp": 2}', "--tp=2"),
+        ('{"config": "other.json"}', "can't name another one"),
         ('{"seq_len": 1.5}', "'1.5' is not a whole number"),
         ('{"dtype": "int8"}', "invalid choice: 'int8'"),
         (None, "No such file"),
@@ -242,7 +243,7 @@ def test_what_a_run_leaves_starts_it_again(step_dir, worlds, tmp_path):
 
 def test_lines_of_steps_that_are_trained_again_are_dropped(step_dir, worlds, tmp_path):
     path = tmp_path / "metrics.jsonl"
-    lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3)]
+    lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3)] + ['{"step": 2, "lo']
     for step, kept in ((2, lines[:2]), (0, [])):
         path.write_text("".join(lines))
         (found,) = worlds(step_dir, 1).run(
