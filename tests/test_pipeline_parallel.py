@@ -139,13 +139,13 @@ SEVEN = (
 
 @pytest.mark.sampled
 @pytest.mark.steps(7)
-@pytest.mark.parametrize("tied", ["yes", "no"])
 @pytest.mark.parametrize(
     "layout",
     [*(f"--pp_size 3 --gradient_accumulation_steps {count}" for count in (8, 2, 1)),
      *(f"--pp_size 2 --dp_size 2 --dp_engine {engine} --gradient_accumulation_steps 4"
        for engine in ENGINES)],
 )  # fmt: skip
+@pytest.mark.parametrize("tied", ["yes", pytest.param("no", marks=pytest.mark.slow)])
 def test_seven_layers_on_two_and_three_stages(step_dir, train_on, subtests, layout, tied):
     """With more micro-batches than stages, fewer, and one; with every data-parallel engine."""
     same = SEVEN + f"--tie_word_embeddings {tied} "
