@@ -26,7 +26,8 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the other tests are about the CPU
     config.addinivalue_line(
         "markers",
-        "sampled(*steps): the first and the last of the chosen steps, and these; else it is slow",
+        "sampled(*steps, only=False): the first and the last of the chosen steps, and these; with "
+        "only=True just these; on others it is slow",
     )
     config.addinivalue_line(
         "markers",
@@ -49,8 +50,9 @@ def pytest_generate_tests(metafunc):
         paths = sorted(ROOT.glob("step[0-9]_*"))
         chosen = [path for path in paths if first <= step_number(path) <= last]
     if sampled := metafunc.definition.get_closest_marker("sampled"):
-        for place, path in list(enumerate(chosen))[1:-1]:
-            if step_number(path) not in sampled.args:
+        ends = () if sampled.kwargs.get("only") or not chosen else (chosen[0], chosen[-1])
+        for place, path in enumerate(chosen):
+            if not own and path not in ends and step_number(path) not in sampled.args:
                 chosen[place] = pytest.param(path, marks=pytest.mark.slow, id=path.name)
     metafunc.parametrize(
         "step_dir", chosen, ids=lambda path: getattr(path, "name", None), scope="session"

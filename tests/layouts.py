@@ -20,7 +20,7 @@ SIZES = (1, 2, 3, 4, 6, 8)
 ENGINES = ("naive", "bucket", "zero1", "zero2", "zero3")
 LAYERS = ("", "--activation_checkpointing", "--compile aot_eager")  # the last is slow to start
 SCHEDULES = ("afab", "1f1b")
-MICRO_BATCHES = (1, 2, "all")  # "all": of one sequence each, more than stages
+MICRO_BATCHES = (1, 2, "all")  # "all": of one sequence each or of few, more than stages
 SEQUENCES = 24  # a global batch that all dp sizes divide, with two micro-batches or more
 SIXTEEN = [
     (2, 2, 2, 2), (4, 2, 2, 1), (4, 1, 2, 2), (2, 4, 1, 2), (1, 2, 2, 4), (2, 1, 1, 8),
@@ -114,18 +114,21 @@ def cover(groups):
     return rows
 
 
-def flags_of(row):
-    """Two command lines: of a row, and of the same training in one process and one micro-batch."""
-    tp, cp, dp, pp, engine, sequence_parallel, layers, tied, micro_batches, schedule = row
+def flags_of(row, layers=8, most=SEQUENCES):
+    """Two command lines: of a row, and of the same training in one process and one micro-batch.
+
+    In a pipeline of so many layers, or one a stage, and at most so many micro-batches.
+    """
+    tp, cp, dp, pp, engine, sequence_parallel, kind, tied, micro_batches, schedule = row
     same = COMMON + SHAPES[tp * cp * dp % 3 == 0]
-    same += f"--num_hidden_layers {8 if pp > 1 else 2} "
+    same += f"--num_hidden_layers {max(layers, pp) if pp > 1 else 2} "
     same += "--tie_word_embeddings yes " if tied else ""
     if micro_batches is None:
         micro_batches = 2 if SEQUENCES // dp % 2 == 0 else 3
     elif micro_batches == "all" or SEQUENCES // dp % micro_batches:
-        micro_batches = SEQUENCES // dp
+        micro_batches = min(SEQUENCES // dp, most)
     own = f"--micro_batch_size {SEQUENCES // dp // micro_batches} "
-    own += f"--gradient_accumulation_steps {micro_batches} {layers} "
+    own += f"--gradient_accumulation_steps {micro_batches} {kind} "
     sizes = zip(AXES, row[:4], strict=True)
     own += "".join(f"--{axis}_size {size} " for axis, size in sizes if size > 1)
     own += f"--dp_engine {engine} " if engine else ""

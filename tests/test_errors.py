@@ -165,7 +165,7 @@ def test_wrong_calls_of_the_data_as_launched(step_dir, folder, subtests):
     launch_all(step_dir, folder, subtests, STEP3, 30)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(9, only=True)
 @pytest.mark.steps(2)
 def test_one_rank_reports_and_the_others_wait_for_it(step_dir):
     flags = "--model_name debugg"
@@ -174,7 +174,7 @@ def test_one_rank_reports_and_the_others_wait_for_it(step_dir):
     assert_one_line(result, STEP1[flags], 30)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(9, only=True)
 @pytest.mark.steps(3)
 def test_an_error_of_the_tokenising_rank_ends_all(step_dir, folder):
     flags = "--dataset_name {tmp}/rows.jsonl"
@@ -200,7 +200,7 @@ def test_a_nan_under_torchrun_ends_all(step_dir):
     assert_one_line(launch(step_dir, flags + on_two(step_dir), ranks=2), STEP1[flags], 30)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(9, only=True)
 @pytest.mark.steps(4)
 def test_a_world_that_does_not_fit_is_one_line(step_dir):
     """As launched: a layout of four for a job of two."""

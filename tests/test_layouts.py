@@ -79,13 +79,13 @@ def train_rows(step_dir, train_on, size, subtests):
     if not rows:
         pytest.skip("no pipeline of so many ranks is listed")
     for row in rows:
-        argv, whole = flags_of(row)
+        argv, whole = flags_of(row, layers=4, most=12)
         with subtests.test(argv.split("seq_len")[1]):
             assert ranks_of(argv) == size
             train_on(step_dir, size, argv, 2).assert_same_as(train_on(step_dir, 1, whole, 2))
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(6, 9, only=True)
 @pytest.mark.steps(4)
 @pytest.mark.parametrize("size", [size for size in SIZES if size < 4])
 def test_all_layouts_train_the_same_model(step_dir, train_on, size, subtests):
@@ -93,7 +93,7 @@ def test_all_layouts_train_the_same_model(step_dir, train_on, size, subtests):
     train_rows(step_dir, train_on, size, subtests)
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(6, 9, only=True)
 @pytest.mark.steps(4)
 @pytest.mark.parametrize("size", [size for size in SIZES if size >= 4])
 def test_all_layouts_of_more_ranks(step_dir, train_on, size, subtests):
@@ -263,7 +263,7 @@ MISTAKES_7 = [
 ]
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(9, only=True)
 @pytest.mark.steps(7)
 @pytest.mark.parametrize("mistake, flags, seen_in", one_of_each(MISTAKES_7))
 def test_a_mistake_of_pipelines_is_noticed(step_dir, train_on, mistake, flags, seen_in):

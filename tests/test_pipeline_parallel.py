@@ -74,7 +74,7 @@ def test_schedules_and_what_they_keep_alive(step_dir, worlds, stages, count, sub
                     assert together == ways
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(8, only=True)
 @pytest.mark.parametrize(
     "stages, count",
     [(2, 4), *(pytest.param(4, m, marks=pytest.mark.slow) for m in (4, 8, 16))],

@@ -142,7 +142,8 @@ def test_a_signal_saves_and_says_so(step_dir, tmp_path, uninterrupted, who):
     assert not (run / "RESUME").exists()
 
 
-@pytest.mark.parametrize("per_host", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("per_host", [1, 4])
 def test_two_hosts_train_like_one(step_dir, worlds, tmp_path, per_host):
     layout = {1: "--tp_size 2 ", 4: "--tp_size 2 --dp_size 2 --pp_size 2 "}[per_host]
     argv = TRAIN + layout
