@@ -127,6 +127,7 @@ class Stage:
         return self.total
 
     def begin(self, targets_in_all):
+        """Start a step: no loss is added up yet, and no micro-batch has gone backward."""
         self.total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.targets_in_all, self.went_backward = targets_in_all, 0
 
@@ -135,6 +136,7 @@ class Stage:
         return torch.empty(self.shape, dtype=self.model.model.dtype, device=self.device)
 
     def finish_sends(self):
+        """Wait for what is under way, and let go of its memory."""
         for handle, _ in self.sending:
             handle.wait()
         self.sending.clear()

@@ -73,6 +73,7 @@ def apply_pipeline_parallel(model, group, chunks=1):
         chunk = next((i for i, layers in enumerate(dealt) if int(name) in layers), None)
         if chunk is None:
             del model.model.layers[name]
+            continue
         for parameter in layer.parameters():
             parameter.chunk = chunk
     if not group.is_first:
@@ -133,6 +134,7 @@ class Stage:
         return self.total
 
     def begin(self, targets_in_all):
+        """Start a step: no loss is added up yet, and no micro-batch has gone backward."""
         self.total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.targets_in_all, self.went_backward = targets_in_all, 0
 
@@ -141,6 +143,7 @@ class Stage:
         return torch.empty(self.shape, dtype=self.model.model.dtype, device=self.device)
 
     def finish_sends(self):
+        """Wait for what is under way, and let go of its memory."""
         for handle, _ in self.sending:
             handle.wait()
         self.sending.clear()
@@ -233,6 +236,7 @@ def pipeline_parallel_traffic(args, group, parameters):
     parts = args.cp_size * (args.tp_size if args.sequence_parallel else 1)
     size = args.micro_batch_size * args.seq_len // parts * args.config.hidden_size * number
     ways = 2 * args.pp_chunks - group.is_first - group.is_last  # gradients back, activations on
-    rows = [("pp", "send", ways * args.gradient_accumulation_steps, size)] * (group.size > 1)
+    calls = ways * args.gradient_accumulation_steps
+    rows = [("pp", "send", calls, size)] if group.size > 1 else []
     shared = [p for p in parameters if hasattr(p, "shared")]
     return rows + [("ends", "all_reduce", 1, parameter.nbytes) for parameter in shared]

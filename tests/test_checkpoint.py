@@ -166,6 +166,7 @@ def test_bytes_that_changed_are_one_line(step_dir, worlds, saved, tmp_path):
         ("--micro_batch_size 8 --resume auto", ("global batch", "--dp_size", " 8, not 16")),
         ("--num_hidden_layers 3 --resume auto", ("num_hidden_layers 4", "not 3")),
         ("--tie_word_embeddings yes --resume auto", ("tie_word_embeddings False", "not True")),
+        ("--tokenizer_name other --resume auto", ("--tokenizer_name bytes", "not other")),
         ("--resume {run}/step_00000002", ("up to step_00000004", "--resume auto")),
         ("", ("--checkpoint_dir", "a run is there already", "--resume auto")),
         ("--resume /no/such/place", ("--resume /no/such/place", "no checkpoint")),
@@ -196,6 +197,15 @@ def test_hosts_that_share_no_directory(step_dir, worlds, tmp_path):
     for said in worlds(step_dir, 2).run(trainer_workers.saved_apart, argv, tmp_path):
         assert said and "all hosts share" in said
     assert not list(tmp_path.glob("*/step_*"))
+
+
+def test_a_disk_that_refuses_is_one_line(step_dir, worlds, tmp_path):
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+        (tmp_path / rank / ".step_left").write_text("a file where a directory should be")
+    argv = SHAPE + STEPS + batch("--dp_size 2")
+    for said in worlds(step_dir, 2).run(trainer_workers.saved_apart, argv, tmp_path):
+        assert said and said.startswith("--checkpoint_dir ") and "\n" not in said
 
 
 def test_a_signal_in_the_last_step_leaves_nothing_to_resume(step_dir, worlds, tmp_path):

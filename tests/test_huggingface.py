@@ -95,7 +95,7 @@ def test_what_is_saved_is_opened_by_transformers(step_dir, worlds, tmp_path, lay
     assert model.generation_config.eos_token_id == 0
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer("def ä")["input_ids"] == [*"def ä".encode()]
-    assert sorted(path.name for path in out.iterdir() if path.name.startswith(".")) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "what was written aside is left"
     tokens = np.random.default_rng(0).integers(257, size=(2, 33))
     again = f"--load_hf {out} --dtype float64 --dataset_name random --seq_len 32"
     (ours,) = worlds(step_dir, 1).run(trainer_workers.reading, again, tokens)
@@ -141,6 +141,13 @@ def test_a_directory_that_is_not_whole_is_one_line(step_dir, worlds, tmp_path, d
     damage(tmp_path)
     (said,) = worlds(step_dir, 1).run(workers.refusal, f"--load_hf {tmp_path}", 1)
     assert said.startswith(f"--load_hf {tmp_path}") and words in said and "\n" not in said
+
+
+def test_a_missing_tokenizer_is_noticed_before_training(step_dir, worlds, tmp_path):
+    (tmp_path / "none").mkdir()
+    argv = f"--dataset_name random --save_hf {tmp_path}/out --tokenizer_name {tmp_path}/none"
+    ((said,),) = worlds(step_dir, 1).run(workers.refusals_of_setup, [argv])
+    assert said.startswith("--tokenizer_name") and "\n" not in said
 
 
 def test_other_wrong_calls(step_dir, worlds, tmp_path):

@@ -148,6 +148,21 @@ def test_shapes_and_layouts_that_nobody_listed(step_dir, train_on, data):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.steps(9)
+@pytest.mark.parametrize(
+    "layout",
+    ["--tp_size 2 --cp_size 2", "--tp_size 2 --pp_size 2 --sequence_parallel",
+     "--cp_size 2 --dp_size 2 --dp_engine zero3", "--pp_size 2 --dp_size 2 --dp_engine zero1"],
+)  # fmt: skip
+def test_compiled_layers_along_two_axes(step_dir, train_on, layout):
+    """What is compiled is slow to start, so the lists above have it on two ranks only."""
+    size = 2 if "--dp_size" in layout else 4
+    argv = f"{SHAPE} --gradient_accumulation_steps 2 --micro_batch_size {size} {layout}"
+    run = train_on(step_dir, 4, argv + " --compile aot_eager", 2)
+    run.assert_same_as(train_on(step_dir, 1, WHOLE, 2))
+
+
 LAYOUTS_OF = {
     4: ["--tp_size 2 --sequence_parallel"],
     5: ["--cp_size 2", "--tp_size 2 --cp_size 2"],

@@ -98,7 +98,7 @@ def saved_apart(argv, directory):
 
     state = workers.build(argv)
     state.args.checkpoint_dir = f"{directory}/{state.mesh.rank}"
-    os.mkdir(state.args.checkpoint_dir)
+    os.makedirs(state.args.checkpoint_dir, exist_ok=True)
     state.step = 1
     try:
         checkpoint.save(state)
