@@ -57,7 +57,7 @@ ROUTES = [
 ]
 
 
-@pytest.mark.parametrize("tied", ["no", "yes"])
+@pytest.mark.parametrize("tied", ["no", pytest.param("yes", marks=pytest.mark.slow)])
 def test_a_run_goes_on_on_another_layout(step_dir, worlds, tmp_path, subtests, tied):
     shape = SHAPE + STEPS + f"--dtype float64 --tie_word_embeddings {tied} "
     numbers, weights = train(worlds, step_dir, shape + batch(""))

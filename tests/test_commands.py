@@ -94,7 +94,7 @@ def test_weights_and_biases_offline(step_dir, tmp_path):
         assert word.encode() in written
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(1, only=True)
 def test_the_loss_falls(step_dir):
     """The short version of the two tests below."""
     flags = "--num_hidden_layers 2 --max_tokens 30720 --learning_rate 3e-3"

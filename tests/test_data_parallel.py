@@ -25,7 +25,9 @@ def test_the_ranks_read_the_sequences_of_one_process(step_dir, worlds, dp, micro
     assert sorted(map(str, np.concatenate(held))) == sorted(map(str, np.concatenate(held_out)))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine", [pytest.param(e, marks=pytest.mark.slow) if "zero3" > e else e for e in ENGINES]
+)
 def test_the_held_out_loss_does_not_depend_on_the_layout(step_dir, worlds, engine):
     argv = "--dtype float64 --num_hidden_layers 2 --seq_len 16 --dataset_name random "
     (alone,) = worlds(step_dir, 1).run(workers.trained_and_evaluated, argv + "--micro_batch_size 8")

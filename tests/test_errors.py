@@ -111,13 +111,18 @@ def launch_all(step_dir, folder, subtests, cases, seconds):
 
 
 def alone(flags):
-    """Whether a call needs a process: it asks for the hub, or fails only while it trains."""
-    return "nobody" in flags or "--learning_rate 1e" in flags or flags == "--hidden_size 100"
+    """Whether a call is launched: it asks for the hub; and one more."""
+    return "nobody" in flags or flags == "--hidden_size 100"
+
+
+def later(flags):
+    """Whether it fails only while it trains; launched where all are."""
+    return "--learning_rate 1e" in flags
 
 
 def check_all(step_dir, worlds, folder, subtests, cases, seconds):
     launch_all(step_dir, folder, subtests, {f: cases[f] for f in cases if alone(f)}, seconds)
-    calls = [flags for flags in cases if not alone(flags)]
+    calls = [flags for flags in cases if not alone(flags) and not later(flags)]
     argvs = [flags.format(tmp=folder) for flags in calls]
     (answers,) = worlds(step_dir, 1).run(workers.refusals_of_setup, argvs)
     for flags, said in zip(calls, answers, strict=True):

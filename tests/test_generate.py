@@ -5,7 +5,7 @@ import pytest
 import torch
 import trainer_workers
 import workers
-from launch import launch
+from launch import launch, ranks_of
 from test_huggingface import theirs
 
 pytestmark = pytest.mark.steps(9)
@@ -62,16 +62,19 @@ def test_temperature_and_top_k(step_dir, worlds):
         ("", "--checkpoint --load_hf"),
         ("--checkpoint /no/such/place", "no checkpoint"),
         ("--load_hf {hf} --tp_size 3", "heads 8"),
-        ("--load_hf {hf} --prompt x --tokenizer_name nobody/nothing", "--tokenizer_name"),
     ],
 )
-def test_wrong_calls(step_dir, model, flags, words, tmp_path):
-    path, _ = model
-    ranks = 3 if "tp_size" in flags else 1
+def test_wrong_calls(step_dir, worlds, model, flags, words):
+    argv, ranks = flags.format(hf=model[0]), ranks_of(flags)
+    (said,) = worlds(step_dir, 1).run(workers.refusal, argv, ranks, "generate")
+    assert words in said and "\n" not in said
+
+
+def test_a_wrong_call_as_launched(step_dir, model, tmp_path):
     result = launch(
-        step_dir, flags.format(hf=path), ranks=ranks, script="generate.py",
-        HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path),
+        step_dir, f"--load_hf {model[0]} --prompt x --tokenizer_name nobody/nothing", ranks=1,
+        script="generate.py", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path),
     )  # fmt: skip
     assert result.code != 0
-    assert result.errors[0].startswith("error: ") and result.errors[0].count("\n") == 1
-    assert words in result.errors[0], result.errors[0]
+    assert result.errors[0].startswith("error: --tokenizer_name")
+    assert result.errors[0].count("\n") == 1

@@ -79,7 +79,7 @@ def test_data_parallel_traffic(step_dir, worlds, subtests):
     check(step_dir, worlds, subtests, CASES[6])
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(9, only=True)
 @pytest.mark.steps(7)
 def test_pipeline_traffic(step_dir, worlds, subtests):
     check(step_dir, worlds, subtests, CASES[7])

@@ -42,6 +42,7 @@ def oracle(run, learning_rates, max_norm, weight_decay=0.1):
     return metrics, gradients, weights
 
 
+@pytest.mark.sampled(3, 6)
 @pytest.mark.parametrize(
     "shape",
     [
@@ -226,6 +227,7 @@ def test_triton_rms_norm_under_the_interpreter(step_dir, dtype, bound):
     assert max(errors.values()) < bound, errors
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("flags", ["--activation_checkpointing", "--compile aot_eager"])
 def test_the_same_numbers_when_recomputed_or_compiled(step_dir, train_on, flags):
     reference = train_on(step_dir, 1, TINY, 3)
@@ -274,6 +276,7 @@ def test_mfu_counts_all_parameters_and_attention(step_dir, worlds):
     assert peak == 989.5e12
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("flags", ["", "--dtype float64 --micro_batch_size 3"])
 def test_a_rebuilt_run_continues_bit_for_bit(step_dir, worlds, flags):
     argv = "--num_hidden_layers 2 --seq_len 32 --max_tokens 1280 " + flags

@@ -58,6 +58,7 @@ def order(stages, rank, count, engine):
     return events + ["b"] * (count - events.count("b"))
 
 
+@pytest.mark.sampled(8, only=True)
 @pytest.mark.parametrize("stages, count", [(2, 1), (2, 4), (3, 2), (4, 6)])
 def test_schedules_and_what_they_keep_alive(step_dir, worlds, stages, count, subtests):
     for engine in engines(step_dir):
@@ -117,7 +118,7 @@ def test_a_timeline_that_cannot_be_written(step_dir, worlds):
     assert "--timeline '/no/such/place.json'" in said and "\n" not in said
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(9, only=True)
 @pytest.mark.parametrize("engine", ["zero1", "zero3", "zero1 --pp_engine interleaved"])
 def test_the_held_out_loss_of_a_pipeline(step_dir, worlds, engine):
     if "interleaved" in engine and step_number(step_dir) < 9:
@@ -137,7 +138,7 @@ SEVEN = (
 )
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(9, only=True)
 @pytest.mark.steps(7)
 @pytest.mark.parametrize(
     "layout",
@@ -181,7 +182,8 @@ def test_interleaved_is_bitwise_the_run_without_one(
     [
         *(f"--dp_size 2 --dp_engine {engine}" for engine in ("naive", "bucket", "zero1", "zero2")),
         "--tp_size 2 --sequence_parallel --tie_word_embeddings yes",
-        "--cp_size 2 --activation_checkpointing --compile aot_eager",
+        "--cp_size 2 --activation_checkpointing",
+        pytest.param("--cp_size 2 --compile aot_eager", marks=pytest.mark.slow),
         "--pp_chunks 3 --tie_word_embeddings yes",
     ],
 )
@@ -219,11 +221,9 @@ def test_the_plan_of_interleaved_loses_no_tick(step_dir, worlds):
             assert max(itertools.accumulate(ways)) == min(ahead + 1, chunks * count)
 
 
+@pytest.mark.slow
 @pytest.mark.steps(9)
-@pytest.mark.parametrize(
-    "stages, chunks, count",
-    [(2, 2, 4), *(pytest.param(4, 2, m, marks=pytest.mark.slow) for m in (4, 8, 16))],
-)
+@pytest.mark.parametrize("stages, chunks, count", [(2, 2, 4), (4, 2, 4), (4, 2, 8), (4, 2, 16)])
 def test_the_bubble_of_interleaved(step_dir, worlds, stages, chunks, count):
     argv = SMALL + f"--num_hidden_layers 8 --gradient_accumulation_steps {count} {INTERLEAVED}"
     argv += f"--pp_size {stages} --pp_chunks {chunks}"

@@ -72,6 +72,7 @@ def test_the_command_for_own_versions_is_understood(tmp_path):
     shutil.copytree(ROOT / "step1_model", tmp_path / "step1_model")
     for path in ("step1_model", tmp_path / "step1_model"):
         command = [sys.executable, "-m", "pytest", f"--step-dir={path}", "--collect-only", "-q"]
+        command.append("tests/test_model.py")
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "test_model.py::test_rotary_frequencies[step1_model" in done.stdout

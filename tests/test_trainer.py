@@ -83,16 +83,15 @@ IN_A_STEP = [
 ]  # fmt: skip
 
 
-def first_by_default(cases):
-    return [cases[0], *(pytest.param(case, marks=pytest.mark.slow) for case in cases[1:])]
-
-
-@pytest.mark.parametrize("death", first_by_default(IN_A_SAVE))
+@pytest.mark.parametrize(
+    "death", [IN_A_SAVE[0], *(pytest.param(case, marks=pytest.mark.slow) for case in IN_A_SAVE[1:])]
+)
 def test_killed_in_a_save(step_dir, tmp_path, uninterrupted, death):
     kill_and_go_on(step_dir, tmp_path, uninterrupted, "die_in_a_save", death)
 
 
-@pytest.mark.parametrize("death", first_by_default(IN_A_STEP))
+@pytest.mark.slow
+@pytest.mark.parametrize("death", IN_A_STEP)
 def test_killed_in_a_step(step_dir, tmp_path, uninterrupted, death):
     kill_and_go_on(step_dir, tmp_path, uninterrupted, "die_in_a_step", death)
 

@@ -1,6 +1,7 @@
 """Functions that the tests run inside a `World`: there, `import train` is the step's own code."""
 
 import functools
+import importlib
 from unittest.mock import patch
 
 import numpy as np
@@ -779,14 +780,13 @@ def module_kinds(argv):
     return {type(module).__name__ for module in build(argv).model.modules()}
 
 
-def refusal(argv, started):
+def refusal(argv, started, script="train"):
     """What parse_args says of a wrong call in a job of so many processes."""
     import errors
-    import train
 
     with patch.dict("os.environ", WORLD_SIZE=str(started), LOCAL_WORLD_SIZE=str(started)):
         try:
-            train.parse_args(argv.split())
+            importlib.import_module(script).parse_args(argv.split())
         except errors.UserError as error:
             return str(error)
     raise AssertionError(f"{argv} was taken for a good call")
