@@ -78,8 +78,8 @@ class Stage:
         # Step 1 casts a weight where it is used, and autograd keeps the copy; not step 4's columns.
         whole = 2 * t * (4 * self.between + inner) + 2 * (self.rows + alone * self.columns)
         layer = 2 * t * self.between if a.activation_checkpointing else whole
-        # The last norm; a copy of the head and log-softmax in float32, or with tp logits.
-        end = 4 * t * self.between + (alone * 2 * self.h + (4 if alone else 2) * t) * self.vocab
+        # The last norm; logits in float32, and a copy of the head where it is whole.
+        end = 4 * t * self.between + (alone * 2 * self.h + 4 * t) * self.vocab
         return whole, self.layers * layer, self.last * end
 
     def memory(self):
@@ -109,7 +109,7 @@ class Stage:
         dealt_out = [("reduce_scatter", sums), ("all_gather", gathers), ("all_reduce", norms)]
         tp += dealt_out if a.sequence_parallel else [("all_reduce", sums)]
         # Step 5: keys and values in bfloat16, forward and backward; their gradients.
-        hops = 2 * (2 + redo) * (a.cp_size - 1) + 4 * a.cp_size
+        hops = (2 * (2 + redo) + 4) * (a.cp_size - 1)
         cp = [("send", m * self.layers * hops * 2 * t * self.kv)]
         # Step 6, in float32; zero3 has the last layer and what is outside until backward.
         again = 4 * (self.weights - self.layer - self.outside)

@@ -49,7 +49,7 @@ def parse_args(argv):
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--tokenizer_name", help="bytes, directory or hub id; default: the model's")
     parser.add_argument("--num_proc", type=positive_int, default=1, help="tokenising processes")
-    parser.add_argument("--num_workers", type=non_negative_int, help="default: 2 on CUDA, else 0")
+    parser.add_argument("--num_workers", type=non_negative_int, default=0, help="that load")
     # batch and optimizer
     parser.add_argument("--seq_len", type=positive_int, default=128, help="tokens a sequence")
     parser.add_argument("--micro_batch_size", type=positive_int, default=4, help="sequences")
@@ -82,8 +82,6 @@ def parse_args(argv):
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     args.config = load_config(args)
     local_files(args.dataset_name)  # raises for a path that is not there
-    if args.num_workers is None:
-        args.num_workers = 2 if args.device == "cuda" else 0
     sequences = args.micro_batch_size * args.gradient_accumulation_steps
     args.tokens_per_step = sequences * args.seq_len
     args.total_steps = -(-args.max_tokens // args.tokens_per_step)  # rounded up

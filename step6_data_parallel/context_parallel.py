@@ -10,6 +10,8 @@ work. Source: Striped Attention (arXiv:2311.09431), section 3, for the imbalance
 of Llama 3 (arXiv:2407.21783), section 3.3.2.
 """
 
+import itertools
+
 import torch
 
 import process_group as pg
@@ -65,13 +67,18 @@ def travel(block, group):
 def merge(out, log_sum, block_out, block_log_sum):
     """Add a block to a softmax over the blocks so far, in place; both parts are normalised.
 
+    So what comes out is a mean of the two, weighted by their shares of the common denominator.
     out: [batch, heads, seq, head_dim]; log_sum: [batch, heads, seq], the log of each softmax's
     denominator. Source: online softmax (arXiv:1805.02867), section 3.
     """
-    total = torch.logaddexp(log_sum, block_log_sum)
-    out.mul_((log_sum - total).exp_()[..., None])
-    out.add_(block_out * (block_log_sum - total).exp_()[..., None])
-    log_sum.copy_(total)
+    share = torch.sigmoid(block_log_sum - log_sum)  # of the block
+    out.lerp_(block_out.to(out.dtype), share[..., None])
+    log_sum.copy_(torch.logaddexp(log_sum, block_log_sum))
+
+
+def add(total, share):
+    """Add a gradient to a sum that may have more digits, in place."""
+    total += share
 
 
 class RingAttention(torch.autograd.Function):
@@ -82,28 +89,33 @@ class RingAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, group):
+    def forward(ctx, q, k, v, ring):
+        group = ring.group
         kv = torch.stack([k, v])  # [2, batch, kv_heads, seq / cp, head_dim], one message
         exact = torch.promote_types(q.dtype, torch.float32)
-        out = torch.zeros_like(q, dtype=exact)
-        log_sum = torch.full(q.shape[:-1], -torch.inf, dtype=exact, device=q.device)
         for source, (k, v) in travel(kv, group):
             rows, columns, causal = attending(group.rank, source, q.shape[2] // 2)
             block = forward_block(q[:, :, rows], k[:, :, columns], v[:, :, columns], causal)
-            merge(out[:, :, rows], log_sum[:, :, rows], *block)
+            if source == group.rank:  # the first
+                out, log_sum = (x.to(exact) for x in block)
+            else:
+                ring.merge(out[:, :, rows], log_sum[:, :, rows], *block)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, kv, out, log_sum)
-        ctx.group = group
+        ctx.ring = ring
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
         q, kv, out, log_sum = ctx.saved_tensors
-        group = ctx.group
-        grad_q = torch.zeros_like(q, dtype=log_sum.dtype)
-        # The sum of gradients of a block of keys and values, which follows it round the ring.
-        grad_kv, handles = torch.zeros_like(kv, dtype=log_sum.dtype), []
-        for source, (k, v) in travel(kv, group):
+        ring, group, exact = ctx.ring, ctx.ring.group, log_sum.dtype
+        grad_q = torch.zeros_like(q, dtype=exact)
+        # A sum of gradients follows each block of keys and values round the ring, and comes home
+        # while its owner computes its own share, the last one.
+        grad_kv, handles = torch.zeros_like(kv, dtype=exact), []
+        blocks = travel(kv, group)
+        own = next(blocks)  # and is under way
+        for source, (k, v) in itertools.chain(blocks, [own]):
             rows, columns, causal = attending(group.rank, source, q.shape[2] // 2)
             grads = backward_block(
                 grad_out[:, :, rows],
@@ -118,23 +130,37 @@ class RingAttention(torch.autograd.Function):
             )
             for handle in handles:
                 handle.wait()
-            grad_q[:, :, rows] += grads[0]
-            grad_kv[:, :, :, columns] += torch.stack(grads[1:])
-            # Two ranks' messages arrive in the order sent: these gradients after the next block.
-            sent, grad_kv = grad_kv, torch.empty_like(grad_kv)
-            handles = pg.exchange(group, [(sent, group.next)], [(grad_kv, group.previous)])
-        for handle in handles:
-            handle.wait()
+            ring.add(grad_q[:, :, rows], grads[0])
+            for total, share in zip(grad_kv, grads[1:], strict=True):
+                ring.add(total[:, :, columns], share)
+            if source != group.rank:
+                # Two ranks' messages arrive in the order sent: these after the next block.
+                sent, grad_kv = grad_kv, torch.empty_like(grad_kv)
+                handles = pg.exchange(group, [(sent, group.next)], [(grad_kv, group.previous)])
         return grad_q.to(q.dtype), *grad_kv.to(q.dtype), None
 
 
-def apply_context_parallel(model, group):
-    """Let attention go round the ring of a group; a group of one keeps its kernel."""
+class Ring:
+    """A group, and what is done to each block that arrives: one pass over memory if compiled."""
+
+    def __init__(self, group, backend):
+        self.group, self.merge, self.add = group, merge, add
+        if backend is not None:
+            self.merge = torch.compile(merge, backend=backend, dynamic=False)
+            self.add = torch.compile(add, backend=backend, dynamic=False)
+
+
+def apply_context_parallel(model, group, backend=None):
+    """Let attention go round the ring of a group; a group of one keeps its kernel.
+
+    backend: of `torch.compile`; None leaves everything as it is.
+    """
+    ring = Ring(group, backend)
 
     @torch.compiler.disable  # the sends overlap with the blocks, which no compiled graph would do
     def attention(q, k, v):  # [batch, seq / cp, heads, head_dim]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [batch, heads, seq / cp, head_dim]
-        return RingAttention.apply(q, k, v, group).transpose(1, 2)
+        return RingAttention.apply(q, k, v, ring).transpose(1, 2)
 
     if group.size > 1:
         for layer in model.model.layers.values():
@@ -154,5 +180,5 @@ def context_parallel_traffic(args, model):
     forwards = 3 if args.activation_checkpointing else 2  # backward goes round too
     return [
         ("cp", "send", rings * forwards * (cp - 1), block * number),
-        ("cp", "send", rings * cp, block * weight),  # gradients go all the way home
+        ("cp", "send", rings * (cp - 1), block * weight),  # gradients
     ]

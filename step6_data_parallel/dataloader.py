@@ -90,15 +90,18 @@ class Batches:
         if args.num_workers:
             workers["multiprocessing_context"] = "fork"  # the array is mapped, not sent
         self.options = {**workers, "pin_memory": device.type == "cuda"}
-        self.next_step, self.loading = None, None
+        self.next_step, self.loading, self.ahead = None, None, None
 
     def micro_batches(self, step):
         """The micro-batches of a step: tokens, targets [micro_batch, seq / cp] and positions."""
         if step != self.next_step:
             self.loading = iter(self.load(self.order.cut(self.micro_batch_size, step)))
+            self.ahead = self.split(next(self.loading))
         self.next_step = None  # until this one is read to its end
         for _ in range(self.micro_batches_a_step):
-            yield self.split(next(self.loading))
+            # One ahead, so that a device never waits for the first of a step.
+            micro_batch, self.ahead = self.ahead, self.split(next(self.loading))
+            yield micro_batch
         self.next_step = step + 1
 
     def evaluation(self):

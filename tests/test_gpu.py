@@ -46,7 +46,7 @@ def test_attention_backend(step_dir, worlds, dtype, bound, kernel, heads, kv_hea
     error, kernels = world.run(workers.attention_error, dtype, heads, kv_heads, "cuda")[0]
     assert error < bound
     names = {name for name in kernels if "attention" in name}
-    assert any(kernel in name for name in names) or "flash_attn" in str(names), names
+    assert any(kernel in name for name in names), names
 
 
 @pytest.mark.steps(1, 1)

@@ -118,8 +118,8 @@ def test_keys_and_values_are_sent_unrepeated(step_dir, worlds, cp):
     ((counted, _), *_) = ledgers(step_dir, worlds, f"--cp_size {cp}")
     block = 2 * 4 * (TOKENS // cp) * 4 * 16  # k and v of 4 kv heads of 16, in float32
     assert counted["cp", "send"] == (
-        MICRO_BATCHES * LAYERS * (2 * (cp - 1) + cp),
-        MICRO_BATCHES * LAYERS * (2 * (cp - 1) + cp) * block,
+        MICRO_BATCHES * LAYERS * 3 * (cp - 1),
+        MICRO_BATCHES * LAYERS * 3 * (cp - 1) * block,
     )
 
 
