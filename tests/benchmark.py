@@ -1,56 +1,105 @@
 """Speed and memory of a list of layouts, beside LlamaForCausalLM of the same shape, in one run.
 
-    python tests/benchmark.py
+    python tests/benchmark.py                      # a small model on the CPU
+    python tests/benchmark.py --gpus               # 1.8 billion parameters, on the GPUs here
     python tests/benchmark.py --flags "--model_name smollm-135m --seq_len 512" \
-        "step3_dataloader --micro_batch_size 8"
+        "step3_dataloader --micro_batch_size 8" "LlamaForCausalLM --micro_batch_size 8"
 
-Each RUN is a step's directory and flags of its layout. Runs take turns, `--rounds` times, so that
-a machine that slows down does so for all; the figure of a run is the median of its steps. The plain
-loop is LlamaForCausalLM, torch.optim.AdamW and random tokens, with clipping and nothing else.
+Each RUN is a step's directory and flags of its layout, or `LlamaForCausalLM`: the model of
+transformers with torch.optim.AdamW, clipping and random tokens, with `--dp_size` above 1 in DDP,
+with `--dp_engine zero3` sharded by `fully_shard`. Runs take turns, `--rounds` times, so that a
+machine that slows down does so for all; the figure of a run is the median of its steps.
 """
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
 
+import torch
 from launch import flag, launch, machine, ranks_of, sequences_of, table
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--num_hidden_layers 4 --seq_len 64"
-BASE = "step3_dataloader"
-RUNS = [f"{BASE} --micro_batch_size 12"]
+LARGE = "--model_name smollm-1.7b --tie_word_embeddings no --device cuda --seq_len 2048 --compile"
+BASE, LAST = "step3_dataloader", "step9_4d"
 PLAIN = "LlamaForCausalLM"
+RUNS = [f"{BASE} --micro_batch_size 12", f"{PLAIN} --micro_batch_size 12"]
+
+
+def gpu_runs(count):
+    """Layouts for so many GPUs, 32,768 tokens a GPU and step, each with its best micro-batch."""
+    runs = [f"{BASE} --micro_batch_size 16", f"{PLAIN} --micro_batch_size 8"]
+    if count == 1:
+        return runs
+    data = f"--dp_size {count} --micro_batch_size"
+    runs += [f"{LAST} {data} 16 --dp_engine {engine}" for engine in ("bucket", "zero1", "zero3")]
+    runs += [f"{PLAIN} {data} 8", f"{PLAIN} {data} 8 --dp_engine zero3"]
+    ranks = min(count, 4)  # of the other axis; dp has the rest
+    rest = f"--dp_size {count // ranks} " if count > ranks else ""
+    tokens = 32_768 * ranks
+    runs.append(
+        f"{LAST} --tp_size {ranks} --sequence_parallel {rest}--micro_batch_size {tokens // 2048}"
+    )
+    pipeline = f"--pp_size {ranks} {rest}--micro_batch_size 4 --gradient_accumulation_steps "
+    for engine in ("afab", "1f1b", "interleaved --pp_chunks 3"):
+        runs.append(f"{LAST} {pipeline}{tokens // 8192} --pp_engine {engine}")
+    return [
+        *runs,
+        f"{LAST} --cp_size {ranks} {rest}--micro_batch_size {tokens // 8192} --seq_len 8192",
+    ]
 
 
 def plain_loop(argv):
-    """What a user of transformers would write; a list of metrics as a step's metrics file."""
+    """What a user of transformers would write; its metrics file is like that of a step."""
     import time
 
-    sys.path.insert(0, str(ROOT / BASE))
-    import torch
+    sys.path[:0] = [str(ROOT / BASE)]
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.nn.parallel import DistributedDataParallel
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import train
     from metrics import flops_per_token, peak_flops, peak_memory_gb
 
-    args = train.parse_args(argv)
+    ranks, sharded = flag(argv, "dp_size", 1), "zero3" in argv
+    argv = argv.replace(f"--dp_size {ranks}", "").replace("--dp_engine zero3", "")
+    args = train.parse_args(argv.split())
     device = torch.device(args.device)
+    if ranks > 1:
+        torch.distributed.init_process_group()
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    first = int(os.environ.get("RANK", 0)) == 0
     torch.manual_seed(args.seed)
     config = LlamaConfig(**vars(args.config))
     dtype = torch.float64 if args.dtype == "float64" else torch.float32
     model = LlamaForCausalLM(config).to(device, dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if args.compile:
+        for layer in model.model.layers:
+            layer.compile(backend=args.compile)
     cast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    model.parameter_count = sum(parameter.numel() for parameter in model.parameters())
+    run = model
+    if sharded:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        options = {"mp_policy": policy} if args.dtype == "bfloat16" else {}
+        for module in (*model.model.layers, model):
+            fully_shard(module, **options)
+    elif ranks > 1:
+        run = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
+    model.parameter_count = count
     flops, peak = flops_per_token(model, args.seq_len), peak_flops(device)
     metrics, shape = [], (args.micro_batch_size, args.seq_len)
-    for step in range(args.total_steps):
+    for step in range(args.total_steps // ranks):
         begun = time.perf_counter()
         tokens = torch.randint(args.config.vocab_size, shape, device=device)
         with cast:
-            loss = model(input_ids=tokens, labels=tokens).loss
+            loss = run(input_ids=tokens, labels=tokens).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
@@ -60,72 +109,92 @@ def plain_loop(argv):
         metrics.append(
             {
                 "step": step + 1,
-                "tokens_per_second": speed,
+                "tokens_per_second": speed * ranks,
                 "tokens_per_second_per_device": speed,
                 "mfu": speed * flops / peak if peak else None,
                 "memory_gb": peak_memory_gb(device),
             }
         )
-    with open(args.metrics_file, "w") as file:
-        file.writelines(json.dumps(line) + "\n" for line in metrics)
+    if first:
+        with open(args.metrics_file, "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in metrics)
+    if ranks > 1:
+        torch.distributed.destroy_process_group()
 
 
-def measure(run, flags):
-    """Launch one RUN; its list of metrics. Exits with the program's own words if it fails."""
+def measure(run, flags, steps):
+    """Launch one RUN; the metrics of its steps after the first quarter, in which it warms up and
+    compiles. Exits with the program's own words if it fails.
+    """
     step, _, layout = run.partition(" ")
-    argv = f"{flags} {layout} --dataset_name random"
+    sequences, seq_len = sequences_of(run), flag(f"{flags} {layout}", "seq_len", 128)
+    # Of two equal flags argparse takes the last: a run's own seq_len wins.
+    argv = f"{flags} {layout} --dataset_name random --max_tokens {steps * sequences * seq_len}"
     if step == PLAIN:
-        result = launch(ROOT / BASE, argv, through=(__file__, "--plain"))
+        result = launch(ROOT / BASE, argv, ranks_of(layout), through=(__file__, "--plain"))
     else:
         result = launch(ROOT / step, argv, ranks_of(layout))
     if result.code:
         sys.exit(f"error: {run} ended with code {result.code}:\n" + "\n".join(result.errors))
-    return result.metrics[len(result.metrics) // 4 :]  # the first steps warm up and compile
+    return result.metrics[len(result.metrics) // 4 :]
+
+
+def median(metrics):
+    """The median of each figure over the steps; None where it is unknown."""
+    keys = ("tokens_per_second", "tokens_per_second_per_device", "mfu", "memory_gb")
+    return {
+        key: statistics.median(m[key] for m in metrics) if metrics[0][key] is not None else None
+        for key in keys
+    }
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="*", default=RUNS, metavar="RUN")
-    parser.add_argument("--flags", default=SMALL, help="of every run, in quotes: shape, device")
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("runs", nargs="*", metavar="RUN")
+    parser.add_argument("--gpus", action="store_true", help="layouts for the GPUs of this machine")
+    parser.add_argument("--flags", help="of every run, in quotes: shape, device")
+    parser.add_argument("--steps", type=int, help="default: 120, with --gpus 12")
+    parser.add_argument("--rounds", type=int, help="default: 3, with --gpus 1")
     parser.add_argument("--save", type=Path, help="write all figures to this .json")
     options = parser.parse_args()
+    count = torch.cuda.device_count()
+    if options.gpus and not count:
+        sys.exit("error: --gpus: this machine has no CUDA device; leave it out")
 
-    plain = f"{PLAIN} {options.runs[0].partition(' ')[2]}"
-    found = {run: [] for run in [*options.runs, plain]}
-    print(f"{machine()}\nflags of all runs: {options.flags}\n", flush=True)
-    for _ in range(options.rounds):
+    runs = options.runs or (gpu_runs(count) if options.gpus else RUNS)
+    flags = options.flags or (LARGE if options.gpus else SMALL)
+    found = {run: [] for run in runs}
+    print(f"{machine()}\nflags of all runs: {flags}\n", flush=True)
+    for _ in range(options.rounds or (1 if options.gpus else 3)):
         for run, metrics in found.items():
-            sequences = sequences_of(run)
-            seq_len = flag(options.flags, "seq_len", 128)
-            tokens = f"--max_tokens {options.steps * sequences * seq_len}"
-            metrics += measure(run, f"{options.flags} {tokens}")
-    rows, result = [], {"machine": machine(), "flags": options.flags, "runs": {}}
-    for run, metrics in found.items():
-        median = {
-            key: statistics.median(m[key] for m in metrics) if metrics[0][key] is not None else None
-            for key in ("tokens_per_second", "tokens_per_second_per_device", "mfu", "memory_gb")
-        }
-        result["runs"][run] = median
-    against = result["runs"][plain]["tokens_per_second_per_device"]
-    for run, median in result["runs"].items():
+            metrics += measure(run, flags, options.steps or (12 if options.gpus else 120))
+            speed = median(metrics)["tokens_per_second_per_device"]
+            print(f"{run}: {speed:,.0f}", file=sys.stderr, flush=True)
+    result = {
+        "machine": machine(),
+        "flags": flags,
+        "runs": {r: median(m) for r, m in found.items()},
+    }
+    # What one device does alone is what each of several is measured by.
+    alone = next((result["runs"][run] for run in runs if ranks_of(run) == 1), None)
+    rows = []
+    for run, figures in result["runs"].items():
         step, _, layout = run.partition(" ")
+        speed = figures["tokens_per_second_per_device"]
         rows.append(
             [
                 step,
-                layout,
+                f"`{layout}`",
                 ranks_of(run),
-                f"{median['tokens_per_second']:,.0f}",
-                f"{median['tokens_per_second_per_device']:,.0f}",
-                "" if median["mfu"] is None else f"{median['mfu']:.1%}",
-                f"{median['memory_gb']:.2f}",
-                f"{median['tokens_per_second_per_device'] / against:.2f}",
+                f"{speed:,.0f}",
+                "" if figures["mfu"] is None else f"{figures['mfu']:.1%}",
+                f"{figures['memory_gb']:.2f}",
+                f"{speed / alone['tokens_per_second_per_device']:.2f}" if alone else "",
             ]
         )
-    headers = ["step", "layout", "ranks", "tokens/s", "tokens/s/device", "MFU", "GB", "x plain"]
+    headers = ["step", "layout", "ranks", "tokens/s and device", "MFU", "peak GB", "x one device"]
     print(table(headers, rows))
     if options.save:
         options.save.write_text(json.dumps(result, indent=1) + "\n")
@@ -133,6 +202,6 @@ def main():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--plain"]:
-        plain_loop(sys.argv[3:])
+        plain_loop(" ".join(sys.argv[3:]))
     else:
         main()

@@ -19,7 +19,7 @@ FIELDS = {"step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_se
 SAME = ("step", "loss", "grad_norm", "learning_rate", "tokens")
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(9, only=True)
 @pytest.mark.parametrize(
     "flags",
     ["", pytest.param("--dtype bfloat16 --activation_checkpointing", marks=pytest.mark.slow)],
@@ -44,7 +44,7 @@ def test_a_copy_elsewhere_gives_the_same_bits_and_reports_all(step_dir, tmp_path
     assert [[m[key] for key in SAME] for m in again] == [[m[key] for key in SAME] for m in lines]
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(9, only=True)
 @pytest.mark.steps(2)
 def test_one_rank_speaks_and_the_ledger_agrees_with_the_formula(step_dir):
     result = launch(step_dir, SHORT + "--comm_ledger" + on_two(step_dir), ranks=2)
@@ -63,7 +63,7 @@ def test_one_rank_speaks_and_the_ledger_agrees_with_the_formula(step_dir):
         assert (calls, size) == (calls_due, size_due)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(9, only=True)
 @pytest.mark.steps(2)
 def test_a_killed_rank_ends_the_job(step_dir, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]

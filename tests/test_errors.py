@@ -179,7 +179,7 @@ def test_one_rank_reports_and_the_others_wait_for_it(step_dir):
     assert_one_line(result, STEP1[flags], 30)
 
 
-@pytest.mark.sampled(9, only=True)
+@pytest.mark.slow
 @pytest.mark.steps(3)
 def test_an_error_of_the_tokenising_rank_ends_all(step_dir, folder):
     flags = "--dataset_name {tmp}/rows.jsonl"
