@@ -1,5 +1,11 @@
 """The same checks where the GPU's own kernels and NCCL do the work: `pytest -m gpu`."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import kernels
 import numpy as np
 import pytest
 import test_checkpoint as checkpoints
@@ -122,6 +128,18 @@ def test_a_mesh_on_nccl(step_dir):
         pytest.skip("needs 4 GPUs")
     for sizes in ({"tp": 2, "cp": 1, "dp": 2, "pp": 1}, {"tp": 1, "cp": 2, "dp": 1, "pp": 2}):
         assert_mesh(step_dir, sizes, "cuda")
+
+
+def test_errors_of_the_kernels_that_could_be_chosen(tmp_path):
+    """cuDNN, flash and flash-attn if it is installed, on one device and in a ring; RMSNorm."""
+    shape = "--batch 2 --seq_len 256 --heads 4 --kv_heads 2".split()
+    command = [sys.executable, str(Path(kernels.__file__)), *shape, "--save"]
+    subprocess.run([*command, tmp_path / "kernels.json"], check=True)
+    figures = json.loads((tmp_path / "kernels.json").read_text())
+    for what in ("attention", "blocks", "norms"):
+        assert len(figures[what]) >= 2
+        for name, _, _, error in figures[what]:
+            assert error < 1e-2, (what, name)
 
 
 LAYOUTS = {
