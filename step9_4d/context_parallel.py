@@ -50,15 +50,16 @@ def attending(rank, source, chunk):
 def travel(block, group):
     """Yield (rank that it comes from, block) for all ranks of a ring, this rank's own first.
 
-    While the caller works on one block, it is also on its way to the next rank, and the one after
-    it on its way from the previous rank.
+    block: [2, batch, seq / cp, kv_heads, head_dim]; the kernels get it with two dims swapped. While
+    the caller works on one block, it is also on its way to the next rank, and the one after it on
+    its way from the previous rank.
     """
     for step in range(group.size):
         arriving, handles = None, []
         if step + 1 < group.size:
             arriving = torch.empty_like(block)
             handles = pg.exchange(group, [(block, group.next)], [(arriving, group.previous)])
-        yield (group.rank - step) % group.size, block
+        yield (group.rank - step) % group.size, block.transpose(2, 3)
         for handle in handles:
             handle.wait()
         block = arriving
@@ -84,14 +85,14 @@ def add(total, share):
 class RingAttention(torch.autograd.Function):
     """Causal attention over a sequence that is dealt out by `zigzag_positions`.
 
-    q: [batch, heads, seq / cp, head_dim]; k, v: [batch, kv_heads, seq / cp, head_dim]. Keys and
-    values travel the ring forward, and once more backward, followed by their gradients.
+    q: [batch, heads, seq / cp, head_dim]; kv, keys and values: [2, batch, seq / cp, kv_heads,
+    head_dim]. The latter travel the ring forward, and once more backward, followed by their
+    gradients.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, ring):
+    def forward(ctx, q, kv, ring):
         group = ring.group
-        kv = torch.stack([k, v])  # [2, batch, kv_heads, seq / cp, head_dim], one message
         exact = torch.promote_types(q.dtype, torch.float32)
         for source, (k, v) in travel(kv, group):
             rows, columns, causal = attending(group.rank, source, q.shape[2] // 2)
@@ -131,13 +132,13 @@ class RingAttention(torch.autograd.Function):
             for handle in handles:
                 handle.wait()
             ring.add(grad_q[:, :, rows], grads[0])
-            for total, share in zip(grad_kv, grads[1:], strict=True):
+            for total, share in zip(grad_kv.transpose(2, 3), grads[1:], strict=True):
                 ring.add(total[:, :, columns], share)
             if source != group.rank:
                 # Two ranks' messages arrive in the order sent: these after the next block.
                 sent, grad_kv = grad_kv, torch.empty_like(grad_kv)
                 handles = pg.exchange(group, [(sent, group.next)], [(grad_kv, group.previous)])
-        return grad_q.to(q.dtype), *grad_kv.to(q.dtype), None
+        return grad_q.to(q.dtype), grad_kv.to(kv.dtype), None
 
 
 class Ring:
@@ -159,8 +160,8 @@ def apply_context_parallel(model, group, backend=None):
 
     @torch.compiler.disable  # the sends overlap with the blocks, which no compiled graph would do
     def attention(q, k, v):  # [batch, seq / cp, heads, head_dim]
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [batch, heads, seq / cp, head_dim]
-        return RingAttention.apply(q, k, v, ring).transpose(1, 2)
+        kv = torch.stack([k, v])  # one message
+        return RingAttention.apply(q.transpose(1, 2), kv, ring).transpose(1, 2)
 
     if group.size > 1:
         for layer in model.model.layers.values():

@@ -4,10 +4,14 @@
     python tests/convergence.py --dtype float32 --figure assets/convergence.png
     python tests/convergence.py "step4_tensor_parallel --tp_size 2 --micro_batch_size 8"
     python tests/convergence.py --all-layouts                     # of all axes, gradients included
+    python tests/convergence.py --tinyllama --dtype bfloat16      # 1.1 billion parameters, on GPUs
 
 Each RUN is a step's directory and flags of its layout. Every run is launched as a reader would,
 trains on the same global batch, and is compared with the first step's worth of code that reads
 data, `step3_dataloader` in one process. Prints a table; exits with 1 outside the bounds.
+
+With --tinyllama the model has TinyLlama's shape and a step 32 sequences of 1,024 tokens, on layouts
+for the GPUs that are here. In bfloat16 there is no bound: the table says how far rounding goes.
 
 With --all-layouts the last step is trained for two updates in float64 on every layout that
 `layouts.everything` lists, and its losses, norms, gradients and weights are compared with those of
@@ -23,6 +27,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from harness import Run, World, differences, run_steps
 from launch import flag, launch, machine, ranks_of, sequences_of, table
 from layouts import AXES, everything, flags_of
@@ -34,7 +39,11 @@ BASELINE = "step3_dataloader"
 # gradient norm|; in float64 the loss's bound is relative too. In float32 the learning rate is one
 # at which training is stable: where the gradient norm spikes, as at 1e-3 here, rounding grows
 # tenfold every twenty steps, and no two orders of addition stay together.
-BOUNDS = {"float64": (20, 3e-3, 1e-10, 1e-10), "float32": (200, 3e-4, 5e-5, 1e-4)}
+BOUNDS = {
+    "float64": (20, 3e-3, 1e-10, 1e-10),
+    "float32": (200, 3e-4, 5e-5, 1e-4),
+    "bfloat16": (125, 3e-4, math.inf, math.inf),
+}
 SPLITS = [
     f"{BASELINE} --micro_batch_size {8 // count} --gradient_accumulation_steps {count}"
     for count in (2, 4, 8)
@@ -58,11 +67,35 @@ LAYOUTS = [
     "step9_4d --tp_size 2 --dp_size 2 --pp_size 2 --dp_engine zero1 --micro_batch_size 2 "
     "--gradient_accumulation_steps 2",
 ]
+TINYLLAMA = (
+    "--model_name tinyllama-1.1b --num_hidden_layers 22 --seq_len 1024 --tokenizer_name bytes "
+    "--device cuda --compile"
+)
 KINDS = ("loss", "grad_norm", "gradient", "weight")  # of differences, in the table of all layouts
 COMMON = (
     "--num_hidden_layers 4 --seq_len 64 --learning_rate {learning_rate} --warmup_steps 20 "
     "--device {device} --dtype {dtype} --max_tokens {tokens} --dataset_name {data} {flags}"
 )
+
+
+def gpu_runs(count):
+    """Layouts for so many GPUs, 32 sequences each: each axis alone, and where they fit, three."""
+    ranks = min(count, 4)
+    halves = "--gradient_accumulation_steps 2 --micro_batch_size"
+    eighths = "--gradient_accumulation_steps 8 --micro_batch_size"
+    layouts = [
+        f"--tp_size {ranks} --sequence_parallel {halves} 16",
+        f"--cp_size {ranks} {halves} 16",
+        f"--dp_size {ranks} {halves} {16 // ranks}",
+        *(f"--pp_size {ranks} --pp_engine {engine} {eighths} 4" for engine in ("afab", "1f1b")),
+    ]
+    if count >= 8:
+        layouts.append(f"--tp_size 2 --dp_size 2 --pp_size 2 {eighths} 2")
+        layouts.append(f"--tp_size 2 --cp_size 2 --dp_size 2 {halves} 8")
+    elif count >= 4:
+        layouts.append(f"--tp_size 2 --pp_size 2 {eighths} 4")
+        layouts.append(f"--cp_size 2 --dp_size 2 {halves} 8")
+    return [f"step9_4d {layout}" for layout in layouts]
 
 
 def train(run, common, plant=None, step_dir=None):
@@ -166,7 +199,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="*", default=SPLITS + LAYOUTS, metavar="RUN")
+    parser.add_argument("runs", nargs="*", metavar="RUN")
     parser.add_argument("--dtype", choices=BOUNDS, default="float64")
     parser.add_argument("--steps", type=int, help="default: 20 in float64, 200 in float32")
     parser.add_argument("--sequences", type=int, default=8, help="global batch size")
@@ -174,12 +207,23 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--flags", default="", help="further flags for every run, in quotes")
     parser.add_argument("--figure", type=Path, help="write the curves to this image")
+    parser.add_argument("--tinyllama", action="store_true", help="1.1 billion parameters, on GPUs")
     parser.add_argument("--all-layouts", action="store_true", help="of all axes, by gradients")
     parser.add_argument("--plant", help="a function of breaks.py, for every run but the baseline")
     options = parser.parse_args()
 
     if options.all_layouts:
         sys.exit(0 if print_all_layouts() else 1)
+    base = f"{BASELINE} --micro_batch_size {options.sequences}"
+    if options.tinyllama:
+        count = torch.cuda.device_count()
+        if count < 2:
+            sys.exit("error: --tinyllama needs 2 CUDA devices or more; leave it out")
+        options.sequences, options.device = 32, "cuda"
+        options.flags = f"{TINYLLAMA} {options.flags}"
+        options.runs = options.runs or gpu_runs(count)
+        base = f"{BASELINE} --gradient_accumulation_steps 2 --micro_batch_size 16"  # memory
+    options.runs = options.runs or SPLITS + LAYOUTS
     steps, learning_rate, loss_bound, norm_bound = BOUNDS[options.dtype]
     steps = options.steps or steps
     for run in options.runs:
@@ -195,7 +239,6 @@ def main():
         data=options.dataset_name,
         flags=options.flags,
     )
-    base = f"{BASELINE} --micro_batch_size {options.sequences}"
     print(f"{options.dtype}, {steps} steps, {machine()}\nflags of all runs: {common}\n", flush=True)
     reference, curves = train(base, common), {}
     rows, failed = [[*base.split(" ", 1), 1, "", "", f"{speed(reference):,.0f}", "baseline"]], False

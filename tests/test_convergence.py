@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import benchmark
+import convergence
+import kernel_times
 import pytest
+from launch import flag, ranks_of, sequences_of
 
 TESTS = Path(__file__).parent
 
@@ -100,6 +104,38 @@ def test_benchmark_measures_beside_transformers(tmp_path):
     assert re.search(r"torch \d", figures["machine"])
     for run in figures["runs"].values():
         assert run["tokens_per_second"] > 500 and run["memory_gb"] > 0.1
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [("benchmark.py", ["--gpus"]), ("convergence.py", ["--tinyllama"]), ("kernels.py", []),
+     ("kernel_times.py", ["step9_4d"])],
+)  # fmt: skip
+def test_what_needs_a_gpu_says_so(script, flags):
+    said = command(script, *flags, code=1)
+    assert said.startswith("error: ") and "CUDA device" in said and said.count("\n") == 1
+
+
+def test_layouts_for_gpus():
+    for count in (2, 4, 8):
+        for run in convergence.gpu_runs(count):
+            assert sequences_of(run) == 32 and ranks_of(run) in (min(count, 4), count)
+        for run in benchmark.gpu_runs(count):
+            assert ranks_of(run) in (1, count)
+            if "LlamaForCausalLM" not in run:
+                tokens = sequences_of(run) * flag(run, "seq_len", 2048)
+                assert tokens == 32_768 * ranks_of(run), run
+
+
+def test_times_of_kernels():
+    """Communication from 0 to 10 µs, of which a product hides 5 to 10; nothing from 15 to 20."""
+    events = [("ncclDevKernel", 0, 10), ("nvjet_sm90", 5, 10), ("triton_poi", 20, 5)]
+    kernels = [{"name": name, "ts": start, "dur": length} for name, start, length in events]
+    found = {name: 1000 * ms for name, ms in kernel_times.times(kernels).items() if ms}
+    assert found == pytest.approx(
+        {"in all": 25, "communication": 10, "products": 10, "compiled": 5, "of it alone": 5,
+         "idle": 5}
+    )  # fmt: skip
 
 
 @pytest.mark.slow

@@ -1,0 +1,112 @@
+"""Where the time of a step goes on GPUs: kernels by kind, communication that nothing hides, idling.
+
+    torchrun --nproc_per_node 2 tests/kernel_times.py step4_tensor_parallel --tp_size 2 \
+        --model_name smollm-1.7b --dataset_name random --compile --max_tokens 50000
+
+Trains as the step's `train.py` does with these flags, then one step more under PyTorch's profiler,
+and prints a table, in milliseconds, of the first and the last rank. `--top 20` before the step's
+name adds the kernels that took longest.
+"""
+
+import argparse
+import collections
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from launch import machine, table
+
+ROOT = Path(__file__).parents[1]
+# The first kind whose words are in a kernel's name.
+KINDS = {
+    "communication": ("nccl",),
+    "attention": ("fmha", "flash", "sdpa", "cudnn::fusion"),
+    "products": ("gemm", "nvjet", "cutlass", "xmma", "cublas"),
+    "optimizer": ("multi_tensor", "adam"),
+    "compiled": ("triton",),
+    "other": ("",),
+}
+
+
+def kind_of(kernel):
+    name = kernel["name"].lower()
+    return next(kind for kind, words in KINDS.items() if any(word in name for word in words))
+
+
+def covered(kernels):
+    """The time in which at least one of some kernels runs."""
+    total, until = 0, 0
+    for kernel in sorted(kernels, key=lambda kernel: kernel["ts"]):
+        start, end = kernel["ts"], kernel["ts"] + kernel["dur"]
+        total += max(0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def profiled(step):
+    """The kernels that a call of `step` runs on this GPU, as the events of a Chrome trace."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    return [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+
+
+def times(kernels):
+    """Milliseconds by kind, of communication while nothing else runs, and without any kernel."""
+    found = dict.fromkeys(KINDS, 0)
+    for kernel in kernels:
+        found[kind_of(kernel)] += kernel["dur"]
+    computing = covered([k for k in kernels if kind_of(k) != "communication"])
+    begin = min(kernel["ts"] for kernel in kernels)
+    span = max(kernel["ts"] + kernel["dur"] for kernel in kernels) - begin
+    found["of it alone"] = covered(kernels) - computing
+    found["idle"] = span - covered(kernels)
+    return {"in all": span / 1e3} | {name: number / 1e3 for name, number in found.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--top", type=int, default=0, help="so many kernels that took longest")
+    parser.add_argument("step", help="directory of a step")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="of its train.py")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("error: the kernels are those of a GPU, and this machine has no CUDA device")
+    sys.path.insert(0, str(ROOT / options.step))
+    import process_group as pg
+    import train
+
+    args = train.parse_args(options.flags)
+    state = train.setup(args)
+    for _ in range(args.total_steps):
+        train.train_step(state)
+    kernels = profiled(lambda: train.train_step(state))
+    ranks = [None] * state.mesh.world.size
+    torch.distributed.all_gather_object(ranks, times(kernels))
+    if state.mesh.world.is_first:
+        print(f"{machine()}\n{options.step} {' '.join(options.flags)}\n")
+        shown = {0: ranks[0], len(ranks) - 1: ranks[-1]}
+        rows = [[rank, *(f"{ms:.1f}" for ms in found.values())] for rank, found in shown.items()]
+        print(table(["rank", *ranks[0]], rows))
+        longest, counts = collections.Counter(), collections.Counter()
+        for kernel in kernels:
+            longest[kernel["name"]] += kernel["dur"] / 1e3
+            counts[kernel["name"]] += 1
+        for name, ms in longest.most_common(options.top):
+            print(f"{ms:9.2f} ms {counts[name]:6d} x  {name[:110]}")
+    pg.finish()
+
+
+if __name__ == "__main__":
+    main()
