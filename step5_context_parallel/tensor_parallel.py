@@ -112,7 +112,7 @@ class ColumnParallel(torch.autograd.Function):
         # This rank's share of a sum: the other rows of the weights are elsewhere.
         grad_x = grads[0] @ weights[0].to(grads[0].dtype)  # [batch, seq, in]
         for g, weight in zip(grads[1:], weights[1:], strict=True):
-            grad_x.flatten(0, 1).addmm_(g.flatten(0, 1), weight.to(g.dtype))  # in place
+            grad_x.view(-1, x.shape[-1]).addmm_(g.flatten(0, 1), weight.to(g.dtype))  # in place
         if ctx.sequence_parallel:
             gathered.wait()
             x = joined(x, ctx.group)

@@ -99,9 +99,9 @@ class Batches:
             self.ahead = self.split(next(self.loading))
         self.next_step = None  # until this one is read to its end
         for _ in range(self.micro_batches_a_step):
-            # One ahead, so that a device never waits for the first of a step.
-            micro_batch, self.ahead = self.ahead, self.split(next(self.loading))
-            yield micro_batch
+            yield self.ahead
+            # While the device is at work: so it does not wait for the first one of the next step.
+            self.ahead = self.split(next(self.loading))
         self.next_step = step + 1
 
     def evaluation(self):

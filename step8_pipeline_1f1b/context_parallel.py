@@ -129,8 +129,8 @@ class RingAttention(torch.autograd.Function):
                 log_sum[:, :, rows],
                 causal,
             )
-            for handle in handles:
-                handle.wait()
+            while handles:
+                handles.pop().wait()
             ring.add(grad_q[:, :, rows], grads[0])
             for total, share in zip(grad_kv.transpose(2, 3), grads[1:], strict=True):
                 ring.add(total[:, :, columns], share)

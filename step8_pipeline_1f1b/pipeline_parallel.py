@@ -214,8 +214,8 @@ def one_forward_one_backward(stage, micro_batches):
         x = stage.talk(stage.before, receive=True)
         stage.talk(stage.after, send=stage.forward(x, next(micro_batches)))
     x = stage.talk(stage.before, receive=True) if steady else None
-    for left in reversed(range(steady)):
-        out = stage.forward(x, next(micro_batches))
+    for micro_batch, left in zip(micro_batches, reversed(range(steady)), strict=True):
+        out = stage.forward(x, micro_batch)
         grad = stage.talk(stage.after, send=out, receive=True)
         x = stage.talk(stage.before, send=stage.backward(grad), receive=left > 0)
     for _ in range(ahead):  # cool-down

@@ -52,6 +52,7 @@ def read_about(flag, path):
     try:
         about = json.loads((path / "checkpoint.json").read_text())
         sizes = {name: (path / name).stat().st_size for name in about["files"]}
+        _ = [about[key] for key in ("step", "flags", "model", "tokenizer", "dtype")]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{flag} {path}: {in_one_line(error)}: {remedy}") from None
     for name, size in about["files"].items():
@@ -107,7 +108,7 @@ def compare(args, about):
     ))  # fmt: skip
     # As JSON has it, where a float is as it was and a tuple is a list.
     model = json.loads(json.dumps(model_fields(args.config)))
-    pairs += [(f"a model of {name}", about["model"][name], model[name]) for name in MODEL_FIELDS]
+    pairs += [(f"a model of {name}", about["model"].get(name), model[name]) for name in model]
     tokenizers = about["tokenizer"], tokenizer_of(args)
     if "bytes" in tokenizers:  # others may have moved
         pairs.append(("--tokenizer_name", *tokenizers))

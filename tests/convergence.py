@@ -67,6 +67,7 @@ LAYOUTS = [
     "step9_4d --tp_size 2 --dp_size 2 --pp_size 2 --dp_engine zero1 --micro_batch_size 2 "
     "--gradient_accumulation_steps 2",
 ]
+# They stand behind those of COMMON, and of two equal flags the last one counts.
 TINYLLAMA = (
     "--model_name tinyllama-1.1b --num_hidden_layers 22 --seq_len 1024 --tokenizer_name bytes "
     "--device cuda --compile"
@@ -80,7 +81,7 @@ COMMON = (
 
 def gpu_runs(count):
     """Layouts for so many GPUs, 32 sequences each: each axis alone, and where they fit, three."""
-    ranks = min(count, 4)
+    ranks = 4 if count >= 4 else 2
     halves = "--gradient_accumulation_steps 2 --micro_batch_size"
     eighths = "--gradient_accumulation_steps 8 --micro_batch_size"
     layouts = [
@@ -201,13 +202,17 @@ def main():
     )
     parser.add_argument("runs", nargs="*", metavar="RUN")
     parser.add_argument("--dtype", choices=BOUNDS, default="float64")
-    parser.add_argument("--steps", type=int, help="default: 20 in float64, 200 in float32")
+    parser.add_argument(
+        "--steps", type=int, help="default: 20 in float64, 200 in float32, 125 in bfloat16"
+    )
     parser.add_argument("--sequences", type=int, default=8, help="global batch size")
     parser.add_argument("--dataset_name", default="python-stdlib")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--flags", default="", help="further flags for every run, in quotes")
     parser.add_argument("--figure", type=Path, help="write the curves to this image")
-    parser.add_argument("--tinyllama", action="store_true", help="1.1 billion parameters, on GPUs")
+    parser.add_argument(
+        "--tinyllama", action="store_true", help="1.1 billion parameters, 32 sequences, on GPUs"
+    )
     parser.add_argument("--all-layouts", action="store_true", help="of all axes, by gradients")
     parser.add_argument("--plant", help="a function of breaks.py, for every run but the baseline")
     options = parser.parse_args()

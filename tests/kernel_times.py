@@ -78,7 +78,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--top", type=int, default=0, help="so many kernels that took longest")
-    parser.add_argument("step", help="directory of a step")
+    parser.add_argument("step", help="directory of a step, from the second on")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="of its train.py")
     options = parser.parse_args()
     if not torch.cuda.is_available():

@@ -245,6 +245,15 @@ def test_the_seed_gives_the_order(step_dir, worlds):
     assert batches(worlds, step_dir, "--seed 2", [0, 1]) != one
 
 
+def test_a_micro_batch_is_loaded_while_the_one_before_is_computed(step_dir, worlds):
+    """Also the first one of the next step, and all by one loader."""
+    argv = (
+        "--num_hidden_layers 1 --seq_len 16 --dataset_name random --gradient_accumulation_steps 2"
+    )
+    (events,) = worlds(step_dir, 1).run(workers.loads_and_passes, argv, 2)
+    assert events == ["new loader", "load", *4 * ["forward", "load"]]
+
+
 def test_workers_end_with_their_loader(step_dir, worlds):
     argv = "--seq_len 10 --num_workers 2"
     assert worlds(step_dir, 1).run(workers.forgotten_loader, argv, TOKENS) == [(2, 0)]

@@ -64,9 +64,14 @@ def test_a_replica_with_other_data_is_noticed(step_dir, train_on):
 
 
 @pytest.mark.steps(3, 3)
-def test_a_nan_stops_the_run_with_the_step_named(step_dir, train_on):
-    with pytest.raises(RankError, match="nan at step [2-9]"):
-        train_on(step_dir, 1, "--learning_rate 1e38 --warmup_steps 0 --seq_len 8", 9)
+@pytest.mark.parametrize(
+    "flags, said",
+    [("--learning_rate 1e38", "loss nan, .* nan at step [2-9]"),
+     ("--learning_rate 1e25 --num_hidden_layers 1", "loss [0-9.e+]+, gradient norm nan at step 2")],
+)  # fmt: skip
+def test_a_nan_stops_the_run_with_the_step_named(step_dir, train_on, flags, said):
+    with pytest.raises(RankError, match=said):
+        train_on(step_dir, 1, f"{flags} --warmup_steps 0 --seq_len 8", 9)
 
 
 def axes_of(step_dir):
@@ -170,24 +175,36 @@ LAYOUTS_OF = {
         "--tp_size 2 --cp_size 2 --dp_size 2"],
     7: ["--pp_size 2 --dp_size 2"],
     8: ["--pp_size 2 --dp_size 2"],
-    9: ["--pp_size 2 --dp_size 2 --pp_engine interleaved --num_hidden_layers 4"],
+    9: ["--pp_size 2 --dp_size 2 --pp_engine interleaved --num_hidden_layers 4",
+        "--tp_size 2 --sequence_parallel", "--pp_size 2 --dp_size 2 --dp_engine zero2"],
 }  # fmt: skip
+
+
+def assert_same_bits(worlds, step_dir, flags):
+    """N6, in float32: the same command again, and one that was stopped and rebuilt at step 2."""
+    argv = "--num_hidden_layers 2 --seq_len 32 --gradient_accumulation_steps 2 "
+    argv += f"--micro_batch_size 2 --dataset_name random {flags}"
+    world = worlds(step_dir, ranks_of(flags))
+    whole = world.run(workers.segment, argv, 4, False)
+    first = world.run(workers.segment, argv, 2, False)
+    rest = world.run(workers.segment, argv, 4, True)
+    for one, begun, resumed in zip(whole, first, rest, strict=True):
+        assert len(one) == 4 and one == begun + resumed
 
 
 @pytest.mark.sampled(6, 9, only=True)
 @pytest.mark.steps(4)
 def test_a_layout_gives_the_same_bits_twice_and_when_resumed(step_dir, worlds, subtests):
-    """N6, in float32: the same command again, and one that was stopped and rebuilt at step 2."""
-    argv = "--num_hidden_layers 2 --seq_len 32 --gradient_accumulation_steps 2 "
-    argv += "--micro_batch_size 2 --dataset_name random "
     for flags in LAYOUTS_OF[step_number(step_dir)]:
         with subtests.test(flags):
-            world = worlds(step_dir, ranks_of(flags))
-            whole = world.run(workers.segment, argv + flags, 4, False)
-            first = world.run(workers.segment, argv + flags, 2, False)
-            rest = world.run(workers.segment, argv + flags, 4, True)
-            for one, begun, resumed in zip(whole, first, rest, strict=True):
-                assert len(one) == 4 and one == begun + resumed
+            assert_same_bits(worlds, step_dir, flags)
+
+
+@pytest.mark.slow
+@pytest.mark.steps(6, 6)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_gives_the_same_bits_twice_and_when_resumed(step_dir, worlds, engine):
+    assert_same_bits(worlds, step_dir, f"--dp_size 2 --dp_engine {engine}")
 
 
 def one_of_each(cases):

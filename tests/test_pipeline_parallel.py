@@ -90,6 +90,18 @@ def test_the_bubble_is_the_formulas(step_dir, worlds, stages, count, subtests):
             assert share == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.sampled(8, 9, only=True)
+@pytest.mark.parametrize("count", [1, 4])
+def test_steps_share_one_loader(step_dir, worlds, count, subtests):
+    """A schedule reads the micro-batches of a step to their end; else the next one begins anew."""
+    for engine in engines(step_dir):
+        with subtests.test(engine):
+            argv = SMALL + f"--pp_size 2 --gradient_accumulation_steps {count} {engine}"
+            for events in worlds(step_dir, 2).run(workers.loads_and_passes, argv, 2):
+                assert events.count("new loader") == 1
+                assert events.count("load") == 2 * count + 1
+
+
 def test_a_timeline_is_a_trace(step_dir, worlds, tmp_path):
     path = tmp_path / "timeline.json"
     argv = SMALL + f"--pp_size 2 --gradient_accumulation_steps 3 --timeline {path}"

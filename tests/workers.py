@@ -526,6 +526,27 @@ def forgotten_loader(argv, tokens):
     return started, len(multiprocessing.active_children())
 
 
+def loads_and_passes(argv, steps):
+    """What happens in some steps, in order: a new loader, a micro-batch loaded, a forward pass."""
+    import train
+
+    state, events = build(argv), []
+
+    def watched(function, name):
+        def wrapper(*args):
+            events.append(name)
+            return function(*args)
+
+        return wrapper
+
+    state.data.load = watched(state.data.load, "new loader")
+    state.data.split = watched(state.data.split, "load")
+    state.model.register_forward_pre_hook(lambda model, inputs: events.append("forward"))
+    for _ in range(steps):
+        train.train_step(state)
+    return events
+
+
 def left_and_read_again(argv, tokens):
     """Tokens of step 1, read whole after step 0, and after a first micro-batch was taken."""
 
