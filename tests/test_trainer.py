@@ -74,11 +74,12 @@ IN_A_SAVE = [
     *("0 1 beginning", "1 1 planning", "0 3 writing", "1 5 planning", "0 2 gathering"),
     *("0 2 about", "0 3 renaming", "0 4 deleting", "1 6 writing", "0 6 about", "0 5 planning"),
 ]
+MOMENT = random.Random(0)
 IN_A_STEP = [
     f"{rank} {step} {seconds:.3f}"
     for step, rank, seconds in zip(
         [7, 1, 3, 4, 6, 9, 10, 12], [1, 0, 1, 0] * 2,
-        [random.Random(0).uniform(0, 0.06) for _ in range(8)], strict=True,
+        [MOMENT.uniform(0, 0.06) for _ in range(8)], strict=True,
     )
 ]  # fmt: skip
 
