@@ -115,7 +115,7 @@ class RingAttention(torch.autograd.Function):
         # while its owner computes its own share, the last one.
         grad_kv, handles = torch.zeros_like(kv, dtype=exact), []
         blocks = travel(kv, group)
-        own = next(blocks)  # and is under way
+        own = next(blocks)  # laid aside, and on its way: this first hop is not hidden
         for source, (k, v) in itertools.chain(blocks, [own]):
             rows, columns, causal = attending(group.rank, source, q.shape[2] // 2)
             grads = backward_block(

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from rms_norm import rms_norm
 
-# PyTorch tries them in this order and takes the first that knows the dtype: on an H200 cuDNN is 1.4
-# times as fast as flash, be it PyTorch's or the package flash-attn.
+# PyTorch tries them in this order and takes the first that knows the dtype. On an H200 cuDNN is
+# faster than flash, be it PyTorch's or the package flash-attn.
 SDPA_BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,

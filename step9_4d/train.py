@@ -68,7 +68,7 @@ def parse_args(argv):
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--tokenizer_name", help="bytes, directory or hub id; default: the model's")
     parser.add_argument("--num_proc", type=positive_int, default=1, help="tokenising processes")
-    parser.add_argument("--num_workers", type=non_negative_int, default=0, help="that load data")
+    parser.add_argument("--num_workers", type=non_negative_int, default=0, help="loading processes")
     # batch and optimizer
     parser.add_argument("--seq_len", type=positive_int, default=128, help="tokens a sequence")
     parser.add_argument("--micro_batch_size", type=positive_int, default=4, help="sequences")
