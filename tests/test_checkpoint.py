@@ -140,7 +140,8 @@ def test_a_damaged_checkpoint_is_one_line(step_dir, worlds, saved, subtests):
     path = run / "step_00000004"
     names = sorted(file.name for file in path.iterdir())
     assert len(names) == 3
-    for name, how in itertools.product(names, ("truncated", "deleted")):
+    damages = *itertools.product(names, ("truncated", "deleted")), ("checkpoint.json", "emptied")
+    for name, how in damages:
         for flags in ("--resume auto", f"--resume {path}"):
             with subtests.test(f"{name} {how}, {flags}"):
                 (said,) = worlds(step_dir, 1).run(

@@ -64,13 +64,18 @@ def wrong_rectangles(shape):
 
 
 def damage_and_resume(argv, path, name, how):
-    """What a run says that goes on from a checkpoint with one file truncated or gone."""
+    """What a run says that goes on from a checkpoint with one file truncated, emptied of all that
+    it should say, or gone.
+    """
     from pathlib import Path
 
     file = Path(path) / name
     whole = file.read_bytes()
     try:
-        file.write_bytes(whole[: len(whole) // 2]) if how == "truncated" else file.unlink()
+        if how == "deleted":
+            file.unlink()
+        else:
+            file.write_bytes(b'{"files": {}}' if how == "emptied" else whole[: len(whole) // 2])
         return workers.refusal(argv, 1)
     finally:
         file.write_bytes(whole)
