@@ -4,15 +4,17 @@
         --model_name smollm-1.7b --dataset_name random --compile --max_tokens 50000
 
 Trains as the step's `train.py` does with these flags, then one step more under PyTorch's profiler,
-and prints a table, in milliseconds, of the first and the last rank. `--top 20` before the step's
-name adds the kernels that took longest.
+and prints a table: of every rank the milliseconds of that step, and the most memory that PyTorch
+reserved. `--top 20` before the step's name adds the kernels that took longest on the first rank.
 """
 
 import argparse
 import collections
 import json
+import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -89,16 +91,22 @@ def main():
 
     args = train.parse_args(options.flags)
     state = train.setup(args)
+    seconds = []
     for _ in range(args.total_steps):
-        train.train_step(state)
+        begun = time.perf_counter()
+        tokens = train.train_step(state)["tokens"] / state.step  # a step; the device has finished
+        seconds.append(time.perf_counter() - begun)
     kernels = profiled(lambda: train.train_step(state))
+    found = times(kernels) | {"GiB reserved": torch.cuda.max_memory_reserved() / 2**30}
     ranks = [None] * state.mesh.world.size
-    torch.distributed.all_gather_object(ranks, times(kernels))
+    torch.distributed.all_gather_object(ranks, found)
     if state.mesh.world.is_first:
-        print(f"{machine()}\n{options.step} {' '.join(options.flags)}\n")
-        shown = {0: ranks[0], len(ranks) - 1: ranks[-1]}
-        rows = [[rank, *(f"{ms:.1f}" for ms in found.values())] for rank, found in shown.items()]
-        print(table(["rank", *ranks[0]], rows))
+        print(f"{machine()}\n{options.step} {' '.join(options.flags)}")
+        seconds = statistics.median(seconds[len(seconds) // 3 :])  # the first ones compile
+        speed = tokens / seconds / len(ranks)
+        print(f"median step {seconds * 1e3:.1f} ms, {speed:,.0f} tokens/s and GPU\n")
+        rows = [[rank, *(f"{n:.1f}" for n in found.values())] for rank, found in enumerate(ranks)]
+        print(table(["rank", *found], rows))
         longest, counts = collections.Counter(), collections.Counter()
         for kernel in kernels:
             longest[kernel["name"]] += kernel["dur"] / 1e3

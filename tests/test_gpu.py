@@ -227,6 +227,50 @@ def test_bfloat16_layouts_stay_near_float32(step_dir, train_on, worlds, subtests
                     assert dtypes <= {"torch.float32", "torch.float64"}, (what, dtypes)
 
 
+# Large enough that a layer computes for longer than its weights travel.
+WIDE = (
+    "--hidden_size 2048 --intermediate_size 8192 --num_attention_heads 32 --vocab_size 4096 "
+    "--num_key_value_heads 32 --num_hidden_layers 4 --dataset_name random "
+) + CUDA
+
+
+@pytest.mark.steps(6, 6)
+def test_allocated_bytes_are_those_of_the_zero_paper(step_dir, worlds):
+    """ZeRO (arXiv:1910.02054), section 5: weights and gradients 4 N, moments 8 N, in float32."""
+    on_the_gpus_here(["--dp_size 2"])
+    for dp in (2, 4)[: torch.cuda.device_count() // 2]:
+        peaks = {}
+        for engine in ENGINES:
+            argv = WIDE + f"--seq_len 128 --micro_batch_size 1 --dp_size {dp} --dp_engine {engine}"
+            ranks = worlds(step_dir, dp).run(workers.allocated_bytes, argv)
+            due = {"zero1": 8 + 8 / dp, "zero2": 4 + 12 / dp, "zero3": 16 / dp}.get(engine, 16)
+            for held, _, count in ranks:
+                assert held == pytest.approx(due * count, rel=1e-2), (engine, held / count, due)
+            peaks[engine] = max(peak for _, peak, _ in ranks)
+        assert peaks["bucket"] > peaks["zero1"] > peaks["zero2"] > peaks["zero3"], peaks
+
+
+@pytest.mark.steps(5)
+@pytest.mark.parametrize(
+    "first, flags, hidden",
+    [
+        (5, "--cp_size 2 --seq_len 8192 --micro_batch_size 4", 0.5),
+        (6, "--dp_size 2 --dp_engine bucket --seq_len 2048 --micro_batch_size 8", 0.5),
+        (6, "--dp_size 2 --dp_engine zero1 --seq_len 2048 --micro_batch_size 8", 0.5),
+        (6, "--dp_size 2 --dp_engine zero2 --seq_len 2048 --micro_batch_size 8", 0.5),
+        (6, "--dp_size 2 --dp_engine zero3 --seq_len 2048 --micro_batch_size 8", 0.5),
+        (7, "--pp_size 2 --gradient_accumulation_steps 8 --seq_len 2048 --micro_batch_size 4", 0.5),
+    ],
+)
+def test_messages_travel_while_kernels_compute(step_dir, worlds, first, flags, hidden):
+    if step_number(step_dir) not in (first, 9):
+        pytest.skip("not what this step is about")
+    on_the_gpus_here([flags])
+    for found in worlds(step_dir, 2).run(workers.kernel_times_of, WIDE + flags):
+        print(found)
+        assert found["of it alone"] < (1 - hidden) * found["communication"], found
+
+
 @pytest.mark.steps(9)
 def test_a_run_goes_on_on_another_layout_on_nccl(step_dir, worlds, tmp_path, subtests):
     on_the_gpus_here(["--tp_size 2"])

@@ -1,6 +1,7 @@
 """Functions that the tests run inside a `World`: there, `import train` is the step's own code."""
 
 import functools
+import gc
 import importlib
 from unittest.mock import patch
 
@@ -953,6 +954,34 @@ def owned_bytes(argv):
         "gradients": storages(gradients),
         "moments": sum(moment.nbytes for moment in moments if moment.dim()),
     }
+
+
+def allocated_bytes(argv):
+    """Of this rank's GPU: (allocated after a step, most during it, weights of the model)."""
+    import train
+
+    for _ in range(2):  # the first time it also allocates what libraries keep for ever
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        state = build(argv)
+        torch.cuda.reset_peak_memory_stats()
+        train.train_step(state)
+        found = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        count = sum(p.full_shape.numel() for p in state.model.parameters())
+        del state
+    return *(size - before for size in found), count
+
+
+def kernel_times_of(argv):
+    """`kernel_times.times` of the third step, on this rank."""
+    import kernel_times
+
+    import train
+
+    state = build(argv)
+    train.train_step(state)
+    train.train_step(state)
+    return kernel_times.times(kernel_times.profiled(lambda: train.train_step(state)))
 
 
 # --- pipelines ------------------------------------------------------------------------------------
