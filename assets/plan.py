@@ -91,7 +91,7 @@ class Stage:
         anew = whole if self.args.activation_checkpointing else 0
         return {  # step 6
             "weights": size / (n if self.zero == 3 else 1),
-            "gradients": size / (n if self.zero >= 2 else 1),
+            "gradients": size * (self.zero < 2) + size / n * (self.zero > 0),  # whole, a shard
             "moments": 2 * size / (n if self.zero >= 1 else 1),
             "activations": self.alive * layers + end,
             "in passing": passing + max(anew, self.last * 8 * self.tokens * self.vocab),

@@ -61,12 +61,19 @@ class Bucket:
         self.missing = len(parameters)  # gradients of the current backward pass
 
     @torch.no_grad()
-    def vector(self, tensors=()):
+    def vector(self, tensors):
         """A new vector [share * ranks] with tensors, shaped like the parameters, in its places."""
-        vector = self.parameters[0].new_zeros(self.share * self.group.size)
-        for view, tensor in zip(self.views(vector), tensors, strict=False):
+        vector = tensors[0].new_empty(self.share * self.group.size)
+        for view, tensor in zip(self.views(vector), tensors, strict=True):
             view.copy_(tensor)
+        vector[self.ranges[-1].stop :] = 0
         return vector
+
+    def gradients(self):
+        """Those of the parameters, as a vector; one alone that needs no padding already is."""
+        found = [parameter.grad for parameter in self.parameters]
+        whole = len(found) == 1 and found[0].nbytes == self.nbytes
+        return found[0].flatten() if whole else self.vector(found)
 
     def views(self, vector):
         """The places of a vector in the shapes of the parameters."""
@@ -110,7 +117,7 @@ def cut_by_size(parameters, most_bytes):
 
 
 class Bucketed(Naive):
-    """Gradients live in buckets, each summed as soon as the last backward pass has filled it."""
+    """Gradients are summed by the bucket, as soon as the last backward pass has completed one."""
 
     bucket_bytes = 25 * 2**20
 
@@ -119,7 +126,6 @@ class Bucketed(Naive):
         self.buckets = [Bucket(part, group) for part in self.cut(model)]
         self.running = []  # what is under way: (bucket, result, handle)
         for bucket in self.buckets:
-            self.lay_out(bucket)
             hook = functools.partial(self.on_gradient, bucket)
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(hook)
@@ -135,23 +141,16 @@ class Bucketed(Naive):
         outside = [[p] for p in self.parameters if ".layers." not in p.global_name]
         return cut_by_size(inside, self.bucket_bytes) + outside
 
-    def lay_out(self, bucket):
-        bucket.gradients = bucket.vector()
-        for parameter, view in zip(bucket.parameters, bucket.views(bucket.gradients), strict=True):
-            parameter.grad = view  # to which backward passes add
-
-    def zero_grad(self):
-        for bucket in self.buckets:
-            bucket.gradients.zero_()
-
     def on_gradient(self, bucket, parameter):
         """Hook: a backward pass has added to the gradient of one parameter of a bucket."""
         if bucket.arrived() and self.last_backward:
             self.running.append((bucket, *self.reduce(bucket)))
 
     def reduce(self, bucket):
-        handle = pg.all_reduce(bucket.gradients, self.group, async_op=True)
-        return bucket.gradients, handle
+        vector = bucket.gradients()
+        for parameter, view in zip(bucket.parameters, bucket.views(vector), strict=True):
+            parameter.grad = view
+        return vector, pg.all_reduce(vector, self.group, async_op=True)
 
     def finish_gradients(self):
         for bucket, result, handle in self.running:

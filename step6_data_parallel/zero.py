@@ -25,28 +25,32 @@ class Zero1(Bucketed):
 
     def __init__(self, model, group):
         super().__init__(model, group)
-        self.parameters = [
-            piece
-            for bucket in self.buckets
-            for piece in bucket.pieces(bucket.shard, bucket.gradient_shard)
-        ]
+        self.parameters = []
+        for bucket in self.buckets:
+            self.lay_out(bucket)
+            self.parameters += bucket.pieces(bucket.shard, bucket.gradient_shard)
 
     def lay_out(self, bucket):
-        super().lay_out(bucket)
-        self.lay_out_shard(bucket, bucket.gradients[bucket.mine])
-
-    def lay_out_shard(self, bucket, gradient_shard):
         """Put weights into a vector; what this rank updates is a shard of it, with a gradient."""
         bucket.weights = bucket.vector(bucket.parameters)
         for parameter, view in zip(bucket.parameters, bucket.views(bucket.weights), strict=True):
             parameter.data = view
-        bucket.shard, bucket.gradient_shard = bucket.weights[bucket.mine], gradient_shard
+        bucket.shard = bucket.weights[bucket.mine]
+        bucket.gradient_shard = torch.zeros_like(bucket.shard)
+
+    def zero_grad(self):
+        for bucket in self.buckets:
+            bucket.gradient_shard.zero_()
 
     def reduce(self, bucket):
-        return pg.reduce_scatter(bucket.gradients, self.group, async_op=True)
+        bucket.sent = bucket.gradients()
+        for parameter in bucket.parameters:
+            parameter.grad = None
+        return pg.reduce_scatter(bucket.sent, self.group, async_op=True)
 
     def reduced(self, bucket, shard):
-        bucket.gradient_shard.copy_(shard)
+        bucket.gradient_shard += shard
+        bucket.sent = None
 
     def finish_update(self):
         handles = [self.gather(bucket) for bucket in self.buckets]
@@ -67,27 +71,10 @@ class Zero1(Bucketed):
 class Zero2(Zero1):
     """And keeps the gradients of only that shard: every micro-batch's are sent off at once."""
 
-    def lay_out(self, bucket):
-        self.lay_out_shard(bucket, bucket.parameters[0].new_zeros(bucket.share))
-
-    def zero_grad(self):
-        for bucket in self.buckets:
-            bucket.gradient_shard.zero_()
-
     def on_gradient(self, bucket, parameter):
         if bucket.arrived():
             self.finish_gradients()  # of the bucket before: one at a time is in memory
             self.running.append((bucket, *self.reduce(bucket)))
-
-    def reduce(self, bucket):
-        bucket.gradients = bucket.vector([parameter.grad for parameter in bucket.parameters])
-        for parameter in bucket.parameters:
-            parameter.grad = None
-        return super().reduce(bucket)
-
-    def reduced(self, bucket, shard):
-        bucket.gradient_shard += shard
-        bucket.gradients = None
 
     def traffic(self, micro_batches):
         return self.rows("reduce_scatter", micro_batches) + self.rows("all_gather", 1)
@@ -117,8 +104,8 @@ class Zero3(Zero2):
         inside = {parameter for layer in layers for parameter in layer}
         return layers + [[p] for p in self.parameters if p not in inside]
 
-    def lay_out_shard(self, bucket, gradient_shard):
-        super().lay_out_shard(bucket, gradient_shard)
+    def lay_out(self, bucket):
+        super().lay_out(bucket)
         bucket.shard = bucket.shard.clone()
         bucket.gathering = None
         self.drop(bucket)

@@ -274,15 +274,14 @@ def only_the_last_micro_batch_is_summed(train):
     on_gradient, finish = Bucketed.on_gradient, Bucketed.finish_gradients
 
     def spoiled(self, bucket, parameter):
-        if bucket.missing == 1 and not self.last_backward:
-            bucket.local = bucket.gradients.clone()
-            bucket.gradients.zero_()
+        if not self.last_backward:
+            parameter.local, parameter.grad = parameter.grad, None
         on_gradient(self, bucket, parameter)
 
     def finished(self):
         finish(self)
-        for bucket in self.buckets:
-            bucket.gradients += bucket.local
+        for parameter in self.parameters:
+            parameter.grad += parameter.local
 
     Bucketed.on_gradient, Bucketed.finish_gradients = spoiled, finished
 

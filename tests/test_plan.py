@@ -92,6 +92,8 @@ def test_the_plan_is_what_a_run_does(step_dir, worlds, plan, layout):
         for key in {*sent, *due}:
             assert sent[key] == pytest.approx(due.get(key, 0), rel=1e-3), key
         memory = stage.memory()
+        if "zero1" in layout:  # its fullest moment is that before the gradients are summed
+            owned["gradients"] = owned["most gradients"]
         for kind in ("weights", "gradients", "moments"):
             assert memory[kind] == pytest.approx(owned[kind], rel=1e-3), kind
         if "zero3" not in layout:  # there the gathered weights would count, too

@@ -935,24 +935,37 @@ def gathers_of_a_step(argv):
 
 
 def owned_bytes(argv):
-    """Bytes of weights, gradients and moments that this rank holds after a step."""
+    """Bytes of weights, gradients and moments that this rank holds after a step; and the most of
+    gradients, the ones being sent included, at any time at which the engine waits.
+    """
     import train
 
     state = build(argv)
-    train.train_step(state)
+    finish, most = type(state.engine).finish_gradients, []
 
     def storages(tensors):
         found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(size for address, size in found.items() if address)
 
     every = [*state.model.parameters(), *state.parameters]
-    gradients = [p.grad for p in every if p.grad is not None]
+
+    def gradients():
+        sent = [getattr(bucket, "sent", None) for bucket in getattr(state.engine, "buckets", ())]
+        return storages(x for x in [*sent, *(p.grad for p in every)] if x is not None)
+
+    def watched(engine):
+        most.append(gradients())
+        finish(engine)
+
+    with patch.object(type(state.engine), "finish_gradients", watched):
+        train.train_step(state)
     moments = [value for entry in state.optimizer.state.values() for value in entry.values()]
     return {
         "parameters": sum(p.full_shape.numel() for p in state.model.parameters()),
         "weights": storages(every),
-        "gradients": storages(gradients),
+        "gradients": gradients(),
         "moments": sum(moment.nbytes for moment in moments if moment.dim()),
+        "most gradients": max(most),
     }
 
 
