@@ -9,6 +9,9 @@ Each RUN is a step's directory and flags of its layout, or `LlamaForCausalLM`: t
 transformers with torch.optim.AdamW, clipping and random tokens, with `--dp_size` above 1 in DDP,
 with `--dp_engine zero3` sharded by `fully_shard`. Runs take turns, `--rounds` times, so that a
 machine that slows down does so for all; the figure of a run is the median of its steps.
+
+GPUs of one host are not equally fast, and ranks that work together go at the pace of the slowest.
+So with --gpus what runs on one of them runs on each at the same time, and the slowest one counts.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import json
 import os
 import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -123,21 +127,30 @@ def plain_loop(argv):
         torch.distributed.destroy_process_group()
 
 
-def measure(run, flags, steps):
+def measure(run, flags, steps, gpus):
     """Launch one RUN; the metrics of its steps after the first quarter, in which it warms up and
-    compiles. Exits with the program's own words if it fails.
+    compiles. What needs one GPU runs on so many at once, and the slowest one's metrics come back.
+    Exits with the program's own words if it fails.
     """
     step, _, layout = run.partition(" ")
     sequences, seq_len = sequences_of(run), flag(f"{flags} {layout}", "seq_len", 128)
     # Of two equal flags argparse takes the last: a run's own seq_len wins.
     argv = f"{flags} {layout} --dataset_name random --max_tokens {steps * sequences * seq_len}"
-    if step == PLAIN:
-        result = launch(ROOT / BASE, argv, ranks_of(layout), through=(__file__, "--plain"))
-    else:
-        result = launch(ROOT / step, argv, ranks_of(layout))
-    if result.code:
-        sys.exit(f"error: {run} ended with code {result.code}:\n" + "\n".join(result.errors))
-    return result.metrics[len(result.metrics) // 4 :]
+    directory, through = (BASE, (__file__, "--plain")) if step == PLAIN else (step, ())
+
+    def once(**environment):
+        result = launch(ROOT / directory, argv, ranks_of(layout), through, **environment)
+        if result.code:
+            sys.exit(f"error: {run} ended with code {result.code}:\n" + "\n".join(result.errors))
+        return result.metrics[len(result.metrics) // 4 :]
+
+    if gpus < 2 or ranks_of(layout) > 1:
+        return once()
+    with ThreadPoolExecutor(gpus) as pool:
+        found = list(pool.map(lambda gpu: once(CUDA_VISIBLE_DEVICES=str(gpu)), range(gpus)))
+    speeds = [median(metrics)["tokens_per_second"] for metrics in found]
+    print(f"{run}, on each GPU: " + ", ".join(f"{speed:,.0f}" for speed in speeds), flush=True)
+    return found[speeds.index(min(speeds))]
 
 
 def median(metrics):
@@ -166,11 +179,12 @@ def main():
 
     runs = options.runs or (gpu_runs(count) if options.gpus else RUNS)
     flags = options.flags or (LARGE if options.gpus else SMALL)
+    steps = options.steps or (12 if options.gpus else 120)
     found = {run: [] for run in runs}
     print(f"{machine()}\nflags of all runs: {flags}\n", flush=True)
     for _ in range(options.rounds or (1 if options.gpus else 3)):
         for run, metrics in found.items():
-            metrics += measure(run, flags, options.steps or (12 if options.gpus else 120))
+            metrics += measure(run, flags, steps, count if options.gpus else 0)
             speed = median(metrics)["tokens_per_second_per_device"]
             print(f"{run}: {speed:,.0f}", file=sys.stderr, flush=True)
     result = {

@@ -107,6 +107,20 @@ def test_benchmark_measures_beside_transformers(tmp_path):
         assert run["tokens_per_second"] > 500 and run["memory_gb"] > 0.1
 
 
+def test_of_several_gpus_the_slowest_counts(capsys):
+    """Two processes at once, as they would run on two GPUs; and what one of them has to say."""
+    run, flags = "step3_dataloader --micro_batch_size 2", "--num_hidden_layers 1 --seq_len 16"
+    metrics = benchmark.measure(run, flags, steps=8, gpus=2)
+    said = capsys.readouterr().out
+    name, speeds = said.rsplit(": ", 1)
+    assert name == f"{run}, on each GPU"
+    speeds = sorted(int(number.replace(",", "")) for number in speeds.split(", "))
+    assert len(speeds) == 2
+    assert round(benchmark.median(metrics)["tokens_per_second"]) == speeds[0]
+    with pytest.raises(SystemExit, match="error: .* no_such_preset"):
+        benchmark.measure(run, "--model_name no_such_preset", steps=8, gpus=2)
+
+
 @pytest.mark.parametrize(
     "script, flags",
     [
