@@ -1,15 +1,18 @@
 """Where the time of a step goes on GPUs: kernels by kind, communication that nothing hides, idling.
 
-    torchrun --nproc_per_node 2 tests/kernel_times.py step4_tensor_parallel --tp_size 2 \
-        --model_name smollm-1.7b --dataset_name random --compile --max_tokens 50000
+    torchrun --nproc_per_node 2 tests/kernel_times.py step6_data_parallel --dp_size 2 \
+        --model_name smollm-1.7b --dataset_name random --compile --max_tokens 100000 \
+        -- --dp_engine naive -- --dp_engine bucket
 
 Trains as the step's `train.py` does with these flags, then one step more under PyTorch's profiler,
 and prints a table: of every rank the milliseconds of that step, and the most memory that PyTorch
-reserved. `--top 20` before the step's name adds the kernels that took longest on the first rank.
+reserved. Flags after a `--` are of one run, those before the first `--` of all. `--top 20` before
+the step's name adds the kernels that took longest on the first rank.
 """
 
 import argparse
 import collections
+import gc
 import json
 import statistics
 import sys
@@ -75,6 +78,30 @@ def times(kernels):
     return {"in all": span / 1e3} | {name: number / 1e3 for name, number in found.items()}
 
 
+def measured(state, train):
+    """Train; (median seconds of a step, figures of all ranks, this rank's kernels)."""
+    seconds = []
+    for _ in range(state.args.total_steps):
+        begun = time.perf_counter()
+        train.train_step(state)  # at its end the device has finished, too
+        seconds.append(time.perf_counter() - begun)
+    kernels = profiled(lambda: train.train_step(state))
+    own = times(kernels) | {"GiB reserved": torch.cuda.max_memory_reserved() / 2**30}
+    ranks = [None] * state.mesh.world.size
+    torch.distributed.all_gather_object(ranks, own)
+    return statistics.median(seconds[len(seconds) // 3 :]), ranks, kernels  # the first ones compile
+
+
+def longest(kernels, count):
+    """Lines about the kernels that took longest in all."""
+    taken, calls = collections.Counter(), collections.Counter()
+    for kernel in kernels:
+        taken[kernel["name"]] += kernel["dur"] / 1e3
+        calls[kernel["name"]] += 1
+    most = taken.most_common(count)
+    return [f"{ms:9.2f} ms {calls[name]:6d} x  {name[:110]}" for name, ms in most]
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -89,30 +116,28 @@ def main():
     import process_group as pg
     import train
 
-    args = train.parse_args(options.flags)
-    state = train.setup(args)
-    seconds = []
-    for _ in range(args.total_steps):
-        begun = time.perf_counter()
-        tokens = train.train_step(state)["tokens"] / state.step  # a step; the device has finished
-        seconds.append(time.perf_counter() - begun)
-    kernels = profiled(lambda: train.train_step(state))
-    found = times(kernels) | {"GiB reserved": torch.cuda.max_memory_reserved() / 2**30}
-    ranks = [None] * state.mesh.world.size
-    torch.distributed.all_gather_object(ranks, found)
-    if state.mesh.world.is_first:
-        print(f"{machine()}\n{options.step} {' '.join(options.flags)}")
-        seconds = statistics.median(seconds[len(seconds) // 3 :])  # the first ones compile
-        speed = tokens / seconds / len(ranks)
-        print(f"median step {seconds * 1e3:.1f} ms, {speed:,.0f} tokens/s and GPU\n")
-        rows = [[rank, *(f"{n:.1f}" for n in found.values())] for rank, found in enumerate(ranks)]
-        print(table(["rank", *found], rows))
-        longest, counts = collections.Counter(), collections.Counter()
-        for kernel in kernels:
-            longest[kernel["name"]] += kernel["dur"] / 1e3
-            counts[kernel["name"]] += 1
-        for name, ms in longest.most_common(options.top):
-            print(f"{ms:9.2f} ms {counts[name]:6d} x  {name[:110]}")
+    common, *runs = " ".join(options.flags).split("-- ")
+    rows, more = [], []
+    for run in runs or [""]:
+        state = train.setup(train.parse_args(f"{common} {run}".split()))
+        seconds, ranks, kernels = measured(state, train)
+        speed = state.args.tokens_per_step / seconds / len(ranks)
+        for rank, found in enumerate(ranks):
+            cells = [f"`{run.strip()}`", f"{speed:,.0f}", f"{seconds * 1e3:.1f}", rank]
+            rows.append([*cells, *(f"{number:.1f}" for number in found.values())])
+        more += [run, *longest(kernels, options.top)] if options.top else []
+        first, device = state.mesh.world.is_first, state.device
+        # The next run finds the memory free, and the processes in touch.
+        pg.init_processes = lambda device_type, device=device: device
+        state = kernels = None
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    if first:
+        print(f"{machine()}\n{options.step} {common}\n")
+        print(table(["run", "tokens/s and GPU", "ms a step", "rank", *found], rows))
+        print("\n".join(more))
     pg.finish()
 
 

@@ -997,6 +997,31 @@ def kernel_times_of(argv):
     return kernel_times.times(kernel_times.profiled(lambda: train.train_step(state)))
 
 
+def printed_kernel_times(argv, kernels):
+    """What `kernel_times.py argv` prints where a GPU would run these kernels in every step."""
+    import contextlib
+    import io
+
+    import kernel_times
+
+    def profiled(step):
+        step()
+        return kernels
+
+    text, cuda = io.StringIO(), ("empty_cache", "reset_peak_memory_stats")
+    with contextlib.ExitStack() as stack:
+        for name in cuda:
+            stack.enter_context(patch.object(torch.cuda, name))
+        stack.enter_context(patch.object(torch.cuda, "is_available", lambda: True))
+        stack.enter_context(patch.object(torch.cuda, "max_memory_reserved", lambda: 3 * 2**30))
+        stack.enter_context(patch.object(kernel_times, "machine", lambda: "a machine"))
+        stack.enter_context(patch.object(kernel_times, "profiled", profiled))
+        stack.enter_context(patch("sys.argv", ["kernel_times.py", *argv.split()]))
+        stack.enter_context(contextlib.redirect_stdout(text))
+        kernel_times.main()
+    return text.getvalue()
+
+
 # --- pipelines ------------------------------------------------------------------------------------
 
 
