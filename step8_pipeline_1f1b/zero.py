@@ -43,6 +43,7 @@ class Zero1(Bucketed):
             bucket.gradient_shard.zero_()
 
     def reduce(self, bucket):
+        self.finish_gradients()  # of the bucket before: one at a time is on its way
         bucket.sent = bucket.gradients()
         for parameter in bucket.parameters:
             parameter.grad = None
@@ -73,7 +74,6 @@ class Zero2(Zero1):
 
     def on_gradient(self, bucket, parameter):
         if bucket.arrived():
-            self.finish_gradients()  # of the bucket before: one at a time is in memory
             self.running.append((bucket, *self.reduce(bucket)))
 
     def traffic(self, micro_batches):

@@ -62,15 +62,12 @@ class Bucket:
 
     @torch.no_grad()
     def vector(self, tensors):
-        """A new vector [share * ranks] with tensors, shaped like the parameters, in its places."""
-        vector = tensors[0].new_empty(self.share * self.group.size)
-        for view, tensor in zip(self.views(vector), tensors, strict=True):
-            view.copy_(tensor)
-        vector[self.ranges[-1].stop :] = 0
-        return vector
+        """Tensors shaped like the parameters, one after the other: a new vector [share * ranks]."""
+        padding = tensors[0].new_zeros(self.share * self.group.size - self.ranges[-1].stop)
+        return torch.cat([*(tensor.flatten() for tensor in tensors), padding])
 
     def gradients(self):
-        """Those of the parameters, as a vector; one alone that needs no padding already is."""
+        """Those of the parameters in a vector; a single one that needs no padding is not copied."""
         found = [parameter.grad for parameter in self.parameters]
         whole = len(found) == 1 and found[0].nbytes == self.nbytes
         return found[0].flatten() if whole else self.vector(found)
@@ -150,6 +147,7 @@ class Bucketed(Naive):
             self.running.append((bucket, *self.reduce(bucket)))
 
     def reduce(self, bucket):
+        """Start to sum a bucket's gradients; returns (result, handle)."""
         vector = bucket.gradients()
         for parameter, view in zip(bucket.parameters, bucket.views(vector), strict=True):
             parameter.grad = view

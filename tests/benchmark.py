@@ -146,8 +146,9 @@ def measure(run, flags, steps, gpus):
 
     if gpus < 2 or ranks_of(layout) > 1:
         return once()
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
     with ThreadPoolExecutor(gpus) as pool:
-        found = list(pool.map(lambda gpu: once(CUDA_VISIBLE_DEVICES=str(gpu)), range(gpus)))
+        found = list(pool.map(lambda name: once(CUDA_VISIBLE_DEVICES=name), names))
     speeds = [median(metrics)["tokens_per_second"] for metrics in found]
     print(f"{run}, on each GPU: " + ", ".join(f"{speed:,.0f}" for speed in speeds), flush=True)
     return found[speeds.index(min(speeds))]

@@ -268,7 +268,7 @@ def same_data_on_every_rank(train):
 
 
 def only_the_last_micro_batch_is_summed(train):
-    """A hook that reduces the gradient of the last micro-batch, and leaves the others local."""
+    """A hook that reduces the gradient of the last micro-batch, and leaves the other one local."""
     from data_parallel import Bucketed
 
     on_gradient, finish = Bucketed.on_gradient, Bucketed.finish_gradients

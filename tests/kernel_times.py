@@ -95,8 +95,10 @@ def measured(state, train):
 def free(state):
     """Give back the memory of a run that has ended: hooks of its engine still hold its weights."""
     for parameter in (*state.model.parameters(), *state.parameters):
+        for tensor in (parameter.data, parameter.grad):
+            if tensor is not None:
+                tensor.untyped_storage().resize_(0)
         parameter.grad = None
-        parameter.data.untyped_storage().resize_(0)
     state.optimizer.state.clear()
     torch.compiler.reset()
     gc.collect()
@@ -121,14 +123,15 @@ def main():
     parser.add_argument("--top", type=int, default=0, help="so many kernels that took longest")
     parser.add_argument("step", help="directory of a step, from the second on")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="of its train.py")
-    options = parser.parse_args()
+    argv, *runs = " ".join(sys.argv[1:]).split("-- ")
+    options = parser.parse_args(argv.split())
     if not torch.cuda.is_available():
         sys.exit("error: the kernels are those of a GPU, and this machine has no CUDA device")
     sys.path.insert(0, str(ROOT / options.step))
     import process_group as pg
     import train
 
-    common, *runs = " ".join(options.flags).split("-- ")
+    common = " ".join(options.flags)
     rows, more = [], []
     for run in runs or [""]:
         state = train.setup(train.parse_args(f"{common} {run}".split()))

@@ -933,30 +933,35 @@ def gathers_of_a_step(argv):
     return found
 
 
-def owned_bytes(argv):
+def owned_bytes(argv, bucket_bytes=25 * 2**20):
     """Bytes of weights, gradients and moments that this rank holds after a step; and the most of
-    gradients, the ones being sent included, at any time at which the engine waits.
+    gradients, with what is being sent and received, at any time at which the engine waits.
     """
     import train
+    from data_parallel import Bucketed
 
-    state = build(argv)
-    finish, most = type(state.engine).finish_gradients, []
+    with patch.object(Bucketed, "bucket_bytes", bucket_bytes):
+        state = build(argv)
+    engine, most = state.engine, []
+    every = [*state.model.parameters(), *state.parameters]
 
     def storages(tensors):
         found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(size for address, size in found.items() if address)
 
-    every = [*state.model.parameters(), *state.parameters]
-
     def gradients():
-        sent = [getattr(bucket, "sent", None) for bucket in getattr(state.engine, "buckets", ())]
-        return storages(x for x in [*sent, *(p.grad for p in every)] if x is not None)
+        sent = [getattr(bucket, "sent", None) for bucket in getattr(engine, "buckets", ())]
+        received = [result for _, result, _ in getattr(engine, "running", ())]
+        tensors = [*sent, *received, *(p.grad for p in every)]
+        return storages(tensor for tensor in tensors if tensor is not None)
+
+    finish = type(engine).finish_gradients
 
     def watched(engine):
         most.append(gradients())
         finish(engine)
 
-    with patch.object(type(state.engine), "finish_gradients", watched):
+    with patch.object(type(engine), "finish_gradients", watched):
         train.train_step(state)
     moments = [value for entry in state.optimizer.state.values() for value in entry.values()]
     return {
@@ -982,6 +987,8 @@ def allocated_bytes(argv):
     with patch.object(process_group, "init_processes", lambda device_type: first.device):
         state = build(argv)
     train.train_step(state)
+    torch.cuda.reset_peak_memory_stats()
+    train.train_step(state)  # now the moments are there, too
     found = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     count = sum(p.full_shape.numel() for p in state.model.parameters())
     return *(size - before for size in found), count
