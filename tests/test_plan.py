@@ -92,9 +92,11 @@ def test_the_plan_is_what_a_run_does(step_dir, worlds, plan, layout):
         for key in {*sent, *due}:
             assert sent[key] == pytest.approx(due.get(key, 0), rel=1e-3), key
         memory = stage.memory()
-        if "zero1" in layout:  # its fullest moment is that before the gradients are summed
-            owned["gradients"] = owned["most gradients"]
         for kind in ("weights", "gradients", "moments"):
+            if (kind, "zero1" in layout) == ("gradients", True):
+                # Its fullest moment is while they are summed, with a part of one bucket more.
+                assert memory[kind] <= owned["most gradients"] <= 1.1 * memory[kind]
+                continue
             assert memory[kind] == pytest.approx(owned[kind], rel=1e-3), kind
         if "zero3" not in layout:  # there the gathered weights would count, too
             _, layers, end = stage.kept()
