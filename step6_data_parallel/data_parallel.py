@@ -151,10 +151,13 @@ class Bucketed(Naive):
         return vector, pg.all_reduce(vector, self.group, async_op=True)
 
     def finish_gradients(self):
-        for bucket, result, handle in self.running:
-            handle.wait()
-            self.reduced(bucket, result)
-        self.running.clear()
+        while self.running:
+            self.finish_oldest()
+
+    def finish_oldest(self):
+        bucket, result, handle = self.running.pop(0)
+        handle.wait()
+        self.reduced(bucket, result)
 
     def reduced(self, bucket, result):
         """Take what a reduction gave; here it is where it belongs."""

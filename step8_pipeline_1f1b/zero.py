@@ -22,6 +22,7 @@ class Zero1(Bucketed):
     """
 
     axes = ("dp", "cp")
+    most_bytes = 2**28  # of gradients that are on their way, and so in memory twice
 
     def __init__(self, model, group):
         super().__init__(model, group)
@@ -43,11 +44,15 @@ class Zero1(Bucketed):
             bucket.gradient_shard.zero_()
 
     def reduce(self, bucket):
-        self.finish_gradients()  # of the bucket before: one at a time is on its way
+        while self.running and bucket.nbytes + self.bytes_running() > self.most_bytes:
+            self.finish_oldest()
         bucket.sent = bucket.gradients()
         for parameter in bucket.parameters:
             parameter.grad = None
         return pg.reduce_scatter(bucket.sent, self.group, async_op=True)
+
+    def bytes_running(self):
+        return sum(bucket.nbytes for bucket, _, _ in self.running)
 
     def reduced(self, bucket, shard):
         bucket.gradient_shard += shard

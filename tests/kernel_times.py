@@ -13,6 +13,7 @@ the step's name adds the kernels that took longest on the first rank.
 import argparse
 import collections
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -123,31 +124,31 @@ def main():
     parser.add_argument("--top", type=int, default=0, help="so many kernels that took longest")
     parser.add_argument("step", help="directory of a step, from the second on")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="of its train.py")
-    argv, *runs = " ".join(sys.argv[1:]).split("-- ")
-    options = parser.parse_args(argv.split())
+    parts = itertools.groupby(sys.argv[1:], "--".__eq__)  # what stands between them
+    first, *runs = [list(part) for dashes, part in parts if not dashes] or [[]]
+    options = parser.parse_args(first)
     if not torch.cuda.is_available():
         sys.exit("error: the kernels are those of a GPU, and this machine has no CUDA device")
     sys.path.insert(0, str(ROOT / options.step))
     import process_group as pg
     import train
 
-    common = " ".join(options.flags)
     rows, more = [], []
-    for run in runs or [""]:
-        state = train.setup(train.parse_args(f"{common} {run}".split()))
+    for run in runs or [[]]:
+        state = train.setup(train.parse_args(options.flags + run))
         seconds, ranks, kernels = measured(state, train)
         speed = state.args.tokens_per_step / seconds / len(ranks)
         for rank, found in enumerate(ranks):
-            cells = [f"`{run.strip()}`", f"{speed:,.0f}", f"{seconds * 1e3:.1f}", rank]
+            cells = [f"`{' '.join(run)}`", f"{speed:,.0f}", f"{seconds * 1e3:.1f}", rank]
             rows.append([*cells, *(f"{number:.1f}" for number in found.values())])
-        more += [run, *longest(kernels, options.top)] if options.top else []
+        more += [" ".join(run), *longest(kernels, options.top)] if options.top else []
         first = state.mesh.world.is_first
         # The next run finds the processes in touch, and the memory free.
         pg.init_processes = lambda device_type, device=state.device: device
         free(state)
         del state
     if first:
-        print(f"{machine()}\n{options.step} {common}\n")
+        print(f"{machine()}\n{options.step} {' '.join(options.flags)}\n")
         print(table(["run", "tokens/s and GPU", "ms a step", "rank", *found], rows))
         print("\n".join(more))
     pg.finish()

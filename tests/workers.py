@@ -939,10 +939,12 @@ def owned_bytes(argv, bucket_bytes=25 * 2**20):
     """
     import train
     from data_parallel import Bucketed
+    from zero import Zero1
 
     with patch.object(Bucketed, "bucket_bytes", bucket_bytes):
         state = build(argv)
     engine, most = state.engine, []
+    wait = "finish_oldest" if isinstance(engine, Bucketed) else "finish_gradients"
     every = [*state.model.parameters(), *state.parameters]
 
     def storages(tensors):
@@ -955,13 +957,16 @@ def owned_bytes(argv, bucket_bytes=25 * 2**20):
         tensors = [*sent, *received, *(p.grad for p in every)]
         return storages(tensor for tensor in tensors if tensor is not None)
 
-    finish = type(engine).finish_gradients
+    finish = getattr(type(engine), wait)
 
     def watched(engine):
         most.append(gradients())
         finish(engine)
 
-    with patch.object(type(engine), "finish_gradients", watched):
+    with (
+        patch.object(type(engine), wait, watched),
+        patch.object(Zero1, "most_bytes", bucket_bytes),
+    ):
         train.train_step(state)
     moments = [value for entry in state.optimizer.state.values() for value in entry.values()]
     return {
