@@ -85,10 +85,12 @@ class Stage:
     def memory(self):
         """Bytes by what they are for, at the fullest moment of a step."""
         n, size, (whole, layers, end) = self.replicas, 4 * self.weights, self.kept()
-        # For a while there are: two buckets on their way, or two gathered layers and what is
-        # outside (step 6; zero1 has whole gradients and a shard, of a step of several
-        # micro-batches); two more float32 tensors like the logits, or a layer computed anew.
-        passing = {2: 2 * 25 * 2**20, 3: 16 * self.layer + 4 * self.outside}.get(self.zero, 0)
+        # For a while there are (step 6): gradients being sent and what is received of them, two
+        # gathered layers and what is outside; two more float32 tensors like the logits, or a layer
+        # computed anew. And of several micro-batches zero1 has whole gradients, and a shard.
+        sent = min(2**28, size)
+        both = 16 * self.layer + 4 * self.outside
+        passing = {1: sent / n, 2: sent + sent / n, 3: both}.get(self.zero, 0)
         anew = whole if self.args.activation_checkpointing else 0
         return {  # step 6
             "weights": size / (n if self.zero == 3 else 1),

@@ -107,9 +107,11 @@ def test_benchmark_measures_beside_transformers(tmp_path):
         assert run["tokens_per_second"] > 500 and run["memory_gb"] > 0.1
 
 
-def test_of_several_gpus_the_slowest_counts(capsys):
+def test_of_several_gpus_the_slowest_counts(capsys, monkeypatch):
     """Two processes at once, as they would run on two GPUs; and what one of them has to say."""
-    run, flags = "step3_dataloader --micro_batch_size 2", "--num_hidden_layers 1 --seq_len 16"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    run = "step3_dataloader --micro_batch_size 2"
+    flags = "--device cpu --num_hidden_layers 1 --seq_len 16"
     metrics = benchmark.measure(run, flags, steps=8, gpus=2)
     said = capsys.readouterr().out
     name, speeds = said.rsplit(": ", 1)
