@@ -46,17 +46,16 @@ class Zero1(Bucketed):
     def reduce(self, bucket):
         while self.running and bucket.nbytes + self.bytes_running() > self.most_bytes:
             self.finish_oldest()
-        bucket.sent = bucket.gradients()
+        vector = bucket.gradients()
         for parameter in bucket.parameters:
             parameter.grad = None
-        return pg.reduce_scatter(bucket.sent, self.group, async_op=True)
+        return vector, *pg.reduce_scatter(vector, self.group, async_op=True)
 
     def bytes_running(self):
-        return sum(bucket.nbytes for bucket, _, _ in self.running)
+        return sum(sent.nbytes for _, sent, _, _ in self.running)
 
-    def reduced(self, bucket, shard):
-        bucket.gradient_shard += shard
-        bucket.sent = None
+    def reduced(self, bucket, received):
+        bucket.gradient_shard += received
 
     def finish_update(self):
         handles = [self.gather(bucket) for bucket in self.buckets]

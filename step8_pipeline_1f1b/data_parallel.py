@@ -121,7 +121,7 @@ class Bucketed(Naive):
     def __init__(self, model, group):
         super().__init__(model, group)
         self.buckets = [Bucket(part, group) for part in self.cut(model)]
-        self.running = []  # what is under way: (bucket, result, handle)
+        self.running = []  # what is under way: (bucket, sent, received, handle)
         for bucket in self.buckets:
             hook = functools.partial(self.on_gradient, bucket)
             for parameter in bucket.parameters:
@@ -144,22 +144,22 @@ class Bucketed(Naive):
             self.running.append((bucket, *self.reduce(bucket)))
 
     def reduce(self, bucket):
-        """Start to sum a bucket's gradients; returns (result, handle)."""
+        """Start to sum a bucket's gradients; returns (what is sent, what is received, handle)."""
         vector = bucket.gradients()
         for parameter, view in zip(bucket.parameters, bucket.views(vector), strict=True):
             parameter.grad = view
-        return vector, pg.all_reduce(vector, self.group, async_op=True)
+        return vector, vector, pg.all_reduce(vector, self.group, async_op=True)
 
     def finish_gradients(self):
         while self.running:
             self.finish_oldest()
 
     def finish_oldest(self):
-        bucket, result, handle = self.running.pop(0)
+        bucket, _, received, handle = self.running.pop(0)
         handle.wait()
-        self.reduced(bucket, result)
+        self.reduced(bucket, received)
 
-    def reduced(self, bucket, result):
+    def reduced(self, bucket, received):
         """Take what a reduction gave; here it is where it belongs."""
 
     def traffic(self, micro_batches):

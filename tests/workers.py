@@ -952,9 +952,8 @@ def owned_bytes(argv, bucket_bytes=25 * 2**20):
         return sum(size for address, size in found.items() if address)
 
     def gradients():
-        sent = [getattr(bucket, "sent", None) for bucket in getattr(engine, "buckets", ())]
-        received = [result for _, result, _ in getattr(engine, "running", ())]
-        tensors = [*sent, *received, *(p.grad for p in every)]
+        passing = [tensor for entry in getattr(engine, "running", ()) for tensor in entry[1:3]]
+        tensors = [*passing, *(p.grad for p in every)]
         return storages(tensor for tensor in tensors if tensor is not None)
 
     finish = getattr(type(engine), wait)
