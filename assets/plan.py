@@ -89,8 +89,8 @@ class Stage:
         # gathered layers and what is outside; two more float32 tensors like the logits, or a layer
         # computed anew. And of several micro-batches zero1 has whole gradients, and a shard.
         sent = min(2**28, size)
-        both = 16 * self.layer + 4 * self.outside
-        passing = {1: sent / n, 2: sent + sent / n, 3: both}.get(self.zero, 0)
+        layers_too = 16 * self.layer + 4 * self.outside
+        passing = {1: sent / n, 2: sent + sent / n, 3: layers_too}.get(self.zero, 0)
         anew = whole if self.args.activation_checkpointing else 0
         return {  # step 6
             "weights": size / (n if self.zero == 3 else 1),

@@ -22,7 +22,7 @@ class Zero1(Bucketed):
     """
 
     axes = ("dp", "cp")
-    most_bytes = 2**28  # of gradients that are on their way, and so in memory twice
+    most_bytes = 2**28  # of gradients on their way at once; they take memory until they arrive
 
     def __init__(self, model, group):
         super().__init__(model, group)

@@ -124,9 +124,9 @@ def main():
     parser.add_argument("--top", type=int, default=0, help="so many kernels that took longest")
     parser.add_argument("step", help="directory of a step, from the second on")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="of its train.py")
-    parts = itertools.groupby(sys.argv[1:], "--".__eq__)  # what stands between them
-    first, *runs = [list(part) for dashes, part in parts if not dashes] or [[]]
-    options = parser.parse_args(first)
+    parts = itertools.groupby(sys.argv[1:], "--".__eq__)
+    common, *runs = [list(part) for is_dashes, part in parts if not is_dashes] or [[]]
+    options = parser.parse_args(common)
     if not torch.cuda.is_available():
         sys.exit("error: the kernels are those of a GPU, and this machine has no CUDA device")
     sys.path.insert(0, str(ROOT / options.step))

@@ -176,7 +176,7 @@ LAYOUTS_OF = {
     7: ["--pp_size 2 --dp_size 2"],
     8: ["--pp_size 2 --dp_size 2"],
     9: ["--pp_size 2 --dp_size 2 --pp_engine interleaved --num_hidden_layers 4",
-        "--tp_size 2 --sequence_parallel"],
+        "--tp_size 2 --sequence_parallel", "--pp_size 2 --dp_size 2 --dp_engine zero2"],
 }  # fmt: skip
 
 

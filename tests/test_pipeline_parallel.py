@@ -90,7 +90,7 @@ def test_the_bubble_is_the_formulas(step_dir, worlds, stages, count, subtests):
             assert share == pytest.approx(expected, rel=0.1)
 
 
-@pytest.mark.sampled(9, only=True)
+@pytest.mark.sampled(8, 9, only=True)
 @pytest.mark.parametrize("count", [1, 4])
 def test_steps_share_one_loader(step_dir, worlds, count, subtests):
     """A schedule reads the micro-batches of a step to their end; else the next one begins anew."""
