@@ -208,7 +208,7 @@ def predicted_traffic(state):
     """What the formulas of all lessons say of a step: rows of (axis, collective, calls, bytes)."""
     model_group, data_group = state.mesh.group("tp"), state.mesh.group("cp")
     report = report_traffic(state.mesh, model_group, data_group, len(state.model.parameter_names))
-    report += context_parallel_traffic(state.args, state.model)
+    report += context_parallel_traffic(state.args, state.model, state.mesh.group("cp"))
     return report + tensor_parallel_traffic(state.args, state.model)
 
 

@@ -10,8 +10,6 @@ work. Source: Striped Attention (arXiv:2311.09431), section 3, for the imbalance
 of Llama 3 (arXiv:2407.21783), section 3.3.2.
 """
 
-import itertools
-
 import torch
 
 import process_group as pg
@@ -77,6 +75,24 @@ def merge(out, log_sum, block_out, block_log_sum):
     log_sum.copy_(torch.logaddexp(log_sum, block_log_sum))
 
 
+def send_home(share, source, group, chunk):
+    """Send a share of the gradients of a block's keys and values to `source`, whose block it is.
+
+    Meanwhile the rank as far ahead as `source` is behind has worked on our block. Returns (which of
+    our keys, the share of their gradients that comes from there, handles, what must stay alive
+    until they are done).
+    share: [2, batch, keys, kv_heads, head_dim].
+    """
+    if source == group.rank:
+        return slice(None), share, [], None
+    giver = (2 * group.rank - source) % group.size
+    columns = attending(giver, group.rank, chunk)[1]
+    keys = len(range(2 * chunk)[columns])
+    arriving = share.new_empty(*share.shape[:2], keys, *share.shape[3:])
+    to, by = group.ranks[source], group.ranks[giver]
+    return columns, arriving, pg.exchange(group, [(share, to)], [(arriving, by)]), share
+
+
 def add(total, share):
     """Add a gradient to a sum that may have more digits, in place."""
     total += share
@@ -86,8 +102,8 @@ class RingAttention(torch.autograd.Function):
     """Causal attention over a sequence that is dealt out by `zigzag_positions`.
 
     q: [batch, heads, seq / cp, head_dim]; kv, keys and values: [2, batch, seq / cp, kv_heads,
-    head_dim]. The latter travel the ring forward, and once more backward, followed by their
-    gradients.
+    head_dim]. The latter travel the ring forward, and once more backward, when each rank sends its
+    share of their gradients straight home.
     """
 
     @staticmethod
@@ -110,15 +126,11 @@ class RingAttention(torch.autograd.Function):
     def backward(ctx, grad_out):
         q, kv, out, log_sum = ctx.saved_tensors
         ring, group, exact = ctx.ring, ctx.ring.group, log_sum.dtype
-        grad_q = torch.zeros_like(q, dtype=exact)
-        # A sum of gradients follows each block of keys and values round the ring, and comes home
-        # while its owner computes its own share, the last one.
-        grad_kv, handles = torch.zeros_like(kv, dtype=exact), []
-        blocks = travel(kv, group)
-        own = next(blocks)  # laid aside, and on its way: this first hop is not hidden
-        for source, (k, v) in itertools.chain(blocks, [own]):
+        grad_q, grad_kv = (torch.zeros_like(x, dtype=exact) for x in (q, kv))
+        share_home = None  # and on its way
+        for source, (k, v) in travel(kv, group):
             rows, columns, causal = attending(group.rank, source, q.shape[2] // 2)
-            grads = backward_block(
+            share_q, *share_kv = backward_block(
                 grad_out[:, :, rows],
                 q[:, :, rows],
                 k[:, :, columns],
@@ -129,15 +141,12 @@ class RingAttention(torch.autograd.Function):
                 log_sum[:, :, rows],
                 causal,
             )
-            while handles:
-                handles.pop().wait()
-            ring.add(grad_q[:, :, rows], grads[0])
-            for total, share in zip(grad_kv.transpose(2, 3), grads[1:], strict=True):
-                ring.add(total[:, :, columns], share)
-            if source != group.rank:
-                # Two ranks' messages arrive in the order sent: these after the next block.
-                sent, grad_kv = grad_kv, torch.empty_like(grad_kv)
-                handles = pg.exchange(group, [(sent, group.next)], [(grad_kv, group.previous)])
+            ring.add(grad_q[:, :, rows], share_q)
+            if share_home is not None:  # it had the time of this block
+                ring.arrive(grad_kv, *share_home)
+            share_kv = torch.stack([x.transpose(1, 2) for x in share_kv])
+            share_home = send_home(share_kv, source, group, q.shape[2] // 2)
+        ring.arrive(grad_kv, *share_home)
         return grad_q.to(q.dtype), grad_kv.to(kv.dtype), None
 
 
@@ -149,6 +158,12 @@ class Ring:
         if backend is not None:
             self.merge = torch.compile(merge, backend=backend, dynamic=False)
             self.add = torch.compile(add, backend=backend, dynamic=False)
+
+    def arrive(self, total, columns, share, handles, _):
+        """Wait for what `send_home` returned, and add it to the gradients of all our keys."""
+        for handle in handles:
+            handle.wait()
+        self.add(total[:, :, columns], share)
 
 
 def apply_context_parallel(model, group, backend=None):
@@ -168,18 +183,18 @@ def apply_context_parallel(model, group, backend=None):
             layer.self_attn.attention = attention
 
 
-def context_parallel_traffic(args, model):
-    """What the group sends in a step, by the formula: rows of (axis, collective, calls, bytes)."""
+def context_parallel_traffic(args, model, group):
+    """What this rank sends in a step: rows of (axis, collective, calls, bytes)."""
     cp, config = args.cp_size, args.config
     if cp == 1:
         return []
-    weight = 8 if args.dtype == "float64" else 4  # bytes of one, and of what accumulates
-    number = 2 if args.dtype == "bfloat16" else weight
+    number = {"bfloat16": 2, "float32": 4, "float64": 8}[args.dtype]  # bytes of one
     tokens = args.micro_batch_size * args.seq_len // cp
     block = 2 * tokens * config.num_key_value_heads // args.tp_size * config.head_dim
     rings = args.gradient_accumulation_steps * len(model.model.layers)
     forwards = 3 if args.activation_checkpointing else 2  # backward goes round too
+    later = cp - 1 - group.rank  # ranks to which all their keys' gradients go; to others, half
     return [
-        ("cp", "send", rings * forwards * (cp - 1), block * number),
-        ("cp", "send", rings * (cp - 1), block * weight),  # gradients
+        ("cp", "send", rings * (forwards * (cp - 1) + later), block * number),
+        ("cp", "send", rings * group.rank, block * number // 2),
     ]

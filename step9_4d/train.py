@@ -253,7 +253,7 @@ def predicted_traffic(state):
     model_group = state.mesh.group("pp", "tp", *state.engine.axes)
     data_group = state.mesh.group("pp", "dp", "cp")
     report = report_traffic(state.mesh, model_group, data_group, len(state.model.parameter_names))
-    report += context_parallel_traffic(state.args, state.model)
+    report += context_parallel_traffic(state.args, state.model, state.mesh.group("cp"))
     report += pipeline_parallel_traffic(state.args, state.mesh.group("pp"), state.parameters)
     report += state.engine.traffic(state.args.gradient_accumulation_steps)
     return report + tensor_parallel_traffic(state.args, state.model)
