@@ -78,13 +78,10 @@ def merge(out, log_sum, block_out, block_log_sum):
 def send_home(share, source, group, chunk):
     """Send a share of the gradients of a block's keys and values to `source`, whose block it is.
 
-    Meanwhile the rank as far ahead as `source` is behind has worked on our block. Returns (which of
-    our keys, the share of their gradients that comes from there, handles, what must stay alive
-    until they are done).
-    share: [2, batch, keys, kv_heads, head_dim].
+    share: [2, batch, keys, kv_heads, head_dim]. While we worked on that block, the rank as far
+    ahead as `source` is behind worked on ours. Returns (which of our keys it comes for, its share,
+    handles to wait for, what must stay alive until then).
     """
-    if source == group.rank:
-        return slice(None), share, [], None
     giver = (2 * group.rank - source) % group.size
     columns = attending(giver, group.rank, chunk)[1]
     keys = len(range(2 * chunk)[columns])
@@ -126,8 +123,7 @@ class RingAttention(torch.autograd.Function):
     def backward(ctx, grad_out):
         q, kv, out, log_sum = ctx.saved_tensors
         ring, group, exact = ctx.ring, ctx.ring.group, log_sum.dtype
-        grad_q, grad_kv = (torch.zeros_like(x, dtype=exact) for x in (q, kv))
-        share_home = None  # and on its way
+        homeward = []  # a share of our gradients on its way
         for source, (k, v) in travel(kv, group):
             rows, columns, causal = attending(group.rank, source, q.shape[2] // 2)
             share_q, *share_kv = backward_block(
@@ -141,12 +137,15 @@ class RingAttention(torch.autograd.Function):
                 log_sum[:, :, rows],
                 causal,
             )
+            share_kv = torch.stack([x.transpose(1, 2) for x in share_kv])  # as in kv
+            if source == group.rank:  # the first
+                grad_q, grad_kv = share_q.to(exact), share_kv.to(exact)
+                continue
             ring.add(grad_q[:, :, rows], share_q)
-            if share_home is not None:  # it had the time of this block
-                ring.arrive(grad_kv, *share_home)
-            share_kv = torch.stack([x.transpose(1, 2) for x in share_kv])
-            share_home = send_home(share_kv, source, group, q.shape[2] // 2)
-        ring.arrive(grad_kv, *share_home)
+            while homeward:  # it had the time of this block
+                ring.arrive(grad_kv, *homeward.pop())
+            homeward.append(send_home(share_kv, source, group, q.shape[2] // 2))
+        ring.arrive(grad_kv, *homeward.pop())
         return grad_q.to(q.dtype), grad_kv.to(kv.dtype), None
 
 
