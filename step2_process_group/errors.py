@@ -33,9 +33,10 @@ def note(text):
 
 
 def check_writable(flag, path):
-    """Raise UserError unless a flag's file can be written."""
+    """Raise UserError unless a flag's file, where one is named, can be written."""
     try:
-        open(path, "a").close()
+        if path is not None:
+            open(path, "a").close()
     except OSError as error:
         raise UserError(f"{flag} {path!r}: {error.strerror}; name a file to write") from None
 

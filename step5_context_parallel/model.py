@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._functorch import config as partitioner
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -232,8 +233,15 @@ class Llama(nn.Module):
         logits = self.lm_head(self.model(tokens, positions))  # [batch, seq, vocab]
         return self.cross_entropy(logits, targets)
 
-    def compile_layers(self, backend):
-        """Compile each decoder layer and the loss: all layers share one compiled graph."""
+    def compile_layers(self, backend, recompute_elementwise=False):
+        """Compile each decoder layer and the loss: all layers share one compiled graph.
+
+        recompute_elementwise: casts of weights, norms and the gated product, which the backward
+        pass would read, are computed there again. Source: arXiv:2205.05198, section 5.
+        """
+        # Nothing public asks the compiler for that (torch 2.13). By default it keeps what a product
+        # of the backward pass reads, because that has to be written to memory in either case.
+        partitioner.ban_recompute_materialized_backward = not recompute_elementwise
         for layer in self.model.layers.values():
             layer.compile(backend=backend)
         self.cross_entropy = torch.compile(self.cross_entropy, backend=backend)

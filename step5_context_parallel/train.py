@@ -72,6 +72,7 @@ def parse_args(argv):
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--compile", nargs="?", const="inductor", choices=["inductor", "aot_eager"])
+    parser.add_argument("--recompute_elementwise", action="store_true", help="with --compile")
     parser.add_argument("--activation_checkpointing", action="store_true")
     # layout
     parser.add_argument("--tp_size", type=positive_int, default=1, help="ranks that share a layer")
@@ -84,13 +85,14 @@ def parse_args(argv):
     parser.add_argument("--metrics_file", help="one line of JSON a step goes here")
     args = parser.parse_args(argv)
 
+    if args.recompute_elementwise and not args.compile:
+        raise UserError("--recompute_elementwise: it is the compiler that does it; add --compile")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
     pg.check_world(args.device, tp=args.tp_size, cp=args.cp_size)
-    if args.metrics_file is not None:
-        check_writable("--metrics_file", args.metrics_file)
+    check_writable("--metrics_file", args.metrics_file)
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     args.config = load_config(args)
     check_context_parallel(args)
@@ -128,7 +130,7 @@ def setup(args):
     apply_context_parallel(model, mesh.group("cp"), args.compile)
     materialize(model, args.seed, device)
     if args.compile:
-        model.compile_layers(args.compile)
+        model.compile_layers(args.compile, args.recompute_elementwise)
 
     parameters = list(model.parameters())
     optimizer = build_optimizer(parameters, args.learning_rate, args.weight_decay)

@@ -25,8 +25,7 @@ def check_pipeline_parallel(args):
             f"--pp_size {args.pp_size} with --num_hidden_layers {args.config.num_hidden_layers}: "
             "every stage needs a layer; lower the former"
         )
-    if args.timeline is not None:
-        check_writable("--timeline", args.timeline)
+    check_writable("--timeline", args.timeline)
 
 
 def deal_layers(config, stages):

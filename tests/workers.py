@@ -198,6 +198,7 @@ def rms_norm_on_cuda():
 
 def saved_bytes(argv):
     """Bytes that autograd keeps of one micro-batch's forward pass, weights apart."""
+    torch.compiler.reset()  # or what was compiled under other flags is taken
     state = build(argv)
     weights = {p.data_ptr() for p in state.model.parameters()}
     kept = {}
