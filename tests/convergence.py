@@ -255,13 +255,13 @@ def main():
         step, _, layout = run.partition(" ")
         row = [step, layout, ranks_of(run), f"{loss:.1e}", f"{norm:.1e}"]
         rows.append([*row, f"{speed(curves[run]):,.0f}", "ok" if good else "OUTSIDE"])
-        print(f"{run}: {rows[-1][-1]}", file=sys.stderr, flush=True)
+        print(" ".join([run + ":", *rows[-1][3:]]), file=sys.stderr, flush=True)
+        if options.figure:  # after each run: one that is stopped leaves those before it
+            draw(reference, curves, options.figure, f"{options.dtype}, {machine()}")
     relative = "relative " if options.dtype == "float64" else ""
     headers = ["step", "layout", "ranks", f"max {relative}Δ loss", "max relative Δ grad norm"]
     print(table([*headers, "tokens/s", ""], rows))
     print(f"\nbounds: loss {loss_bound:.0e}, gradient norm {norm_bound:.0e}")
-    if options.figure:
-        draw(reference, curves, options.figure, f"{options.dtype}, {machine()}")
     sys.exit(1 if failed else 0)
 
 
