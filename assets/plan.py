@@ -111,9 +111,10 @@ class Stage:
         tp = [("all_gather", self.last * m * 8 * t * a.tp_size)]  # the loss
         dealt_out = [("reduce_scatter", sums), ("all_gather", gathers), ("all_reduce", norms)]
         tp += dealt_out if a.sequence_parallel else [("all_reduce", sums)]
-        # Step 5: keys and values in bfloat16, forward and backward; their gradients.
-        hops = (2 * (2 + redo) + 4) * (a.cp_size - 1)
-        cp = [("send", m * self.layers * hops * 2 * t * self.kv)]
+        # Step 5: keys and values, forward and backward, and their gradients, of the first rank,
+        # which sends most.
+        hops = (3 + redo) * (a.cp_size - 1)
+        cp = [("send", m * self.layers * hops * 2 * 2 * t * self.kv)]
         # Step 6, in float32; zero3 has the last layer and what is outside until backward.
         again = 4 * (self.weights - self.layer - self.outside)
         scattered, gathered = (

@@ -13,7 +13,6 @@ the step's name adds the kernels that took longest on the first rank.
 import argparse
 import collections
 import gc
-import itertools
 import json
 import statistics
 import sys
@@ -117,6 +116,13 @@ def longest(kernels, count):
     return [f"{ms:9.2f} ms {calls[name]:6d} x  {name[:110]}" for name, ms in most]
 
 
+def split(argv):
+    """The flags of all runs, then those of each; a run may have none of its own."""
+    ends = [i for i, word in enumerate(argv) if word == "--"]
+    starts = [0, *(i + 1 for i in ends)]
+    return [argv[start:end] for start, end in zip(starts, [*ends, None], strict=True)]
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -124,8 +130,7 @@ def main():
     parser.add_argument("--top", type=int, default=0, help="so many kernels that took longest")
     parser.add_argument("step", help="directory of a step, from the second on")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="of its train.py")
-    parts = itertools.groupby(sys.argv[1:], "--".__eq__)
-    common, *runs = [list(part) for is_dashes, part in parts if not is_dashes] or [[]]
+    common, *runs = split(sys.argv[1:])
     options = parser.parse_args(common)
     if not torch.cuda.is_available():
         sys.exit("error: the kernels are those of a GPU, and this machine has no CUDA device")

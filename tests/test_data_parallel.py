@@ -109,13 +109,13 @@ def test_zero3_is_pytorchs_fully_shard(step_dir, train_on, flags):
 def test_kernel_times_of_several_runs(step_dir):
     """A table with every rank of every run; the second one finds the processes in touch."""
     argv = f"--top 1 {step_dir} {SMALL} --device cpu --dp_size 2 --max_tokens 200 "
-    argv += "-- --dp_engine naive -- --dp_engine zero3"
+    argv += "-- -- --dp_engine zero3"
     kernels = [{"name": "nccl_all", "ts": 0, "dur": 1e4}, {"name": "gemm", "ts": 5e3, "dur": 2e4}]
     with World(step_dir, 2) as world:  # of its own: a later one would find `pg` changed
         said, nothing = world.run(workers.printed_kernel_times, argv, kernels)
     assert not nothing
     rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| `")]
-    names = ["--dp_engine naive", "--dp_engine zero3"]
+    names = ["", "--dp_engine zero3"]
     assert [row[0] for row in rows] == [f"| `{name}`" for name in names for _ in range(2)]
     assert [row[3] for row in rows] == ["0", "1", "0", "1"]
     assert {tuple(row[4:7]) for row in rows} == {("25.0", "10.0", "0.0")}
