@@ -20,6 +20,7 @@ one process.
 
 import argparse
 import contextlib
+import json
 import math
 import re
 import statistics
@@ -108,6 +109,28 @@ def train(run, common, plant=None, step_dir=None):
         words = "\n".join([result.out[-500:], *result.errors])
         sys.exit(f"error: {run} ended with code {result.code}:\n{words}")
     return result.metrics
+
+
+class Runs:
+    """The metrics of runs, launched when first asked for; with a file it keeps, over calls, too."""
+
+    def __init__(self, common, path):
+        self.common, self.path, self.found = common, path, {}
+        if path is not None and path.exists():
+            kept = json.loads(path.read_text())
+            if kept["flags"] != common:
+                sys.exit(f"error: --save {path}: its runs have other flags; name another file")
+            self.found = kept["runs"]
+
+    def metrics(self, run, plant=None):
+        if plant:  # not what it should be, and so not kept
+            return train(run, self.common, plant)
+        if run not in self.found:
+            self.found[run] = train(run, self.common)
+            if self.path is not None:
+                kept = {"machine": machine(), "flags": self.common, "runs": self.found}
+                self.path.write_text(json.dumps(kept))
+        return self.found[run]
 
 
 def compare(reference, metrics, dtype):
@@ -214,6 +237,9 @@ def main():
         "--tinyllama", action="store_true", help="1.1 billion parameters, 32 sequences, on GPUs"
     )
     parser.add_argument("--all-layouts", action="store_true", help="of all axes, by gradients")
+    parser.add_argument(
+        "--save", type=Path, help="metrics go to this .json, and what is in it is not run again"
+    )
     parser.add_argument("--plant", help="a function of breaks.py, for every run but the baseline")
     options = parser.parse_args()
 
@@ -245,10 +271,11 @@ def main():
         flags=options.flags,
     )
     print(f"{options.dtype}, {steps} steps, {machine()}\nflags of all runs: {common}\n", flush=True)
-    reference, curves = train(base, common), {}
+    runs = Runs(common, options.save)
+    reference, curves = runs.metrics(base), {}
     rows, failed = [[*base.split(" ", 1), 1, "", "", f"{speed(reference):,.0f}", "baseline"]], False
     for run in options.runs:
-        curves[run] = train(run, common, options.plant)
+        curves[run] = runs.metrics(run, options.plant)
         loss, norm = compare(reference, curves[run], options.dtype)
         good = loss <= loss_bound and norm <= norm_bound
         failed |= not good
