@@ -142,7 +142,7 @@ class RingAttention(torch.autograd.Function):
                 grad_q, grad_kv = share_q.to(exact), share_kv.to(exact)
                 continue
             ring.add(grad_q[:, :, rows], share_q)
-            while homeward:  # it had the time of this block
+            while homeward:  # sent before this block, which it can hide behind
                 ring.arrive(grad_kv, *homeward.pop())
             homeward.append(send_home(share_kv, source, group, q.shape[2] // 2))
         ring.arrive(grad_kv, *homeward.pop())

@@ -45,19 +45,22 @@ def test_other_layouts_converge(tmp_path):
     assert figure.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_runs_are_kept_over_calls(tmp_path):
-    kept, first = tmp_path / "runs.json", "step3_dataloader --micro_batch_size 4"
-    first += " --gradient_accumulation_steps 2"
-    arguments = ["--steps", "2", "--flags", "--num_hidden_layers 1 --seq_len 16", "--save"]
-    text = command("convergence.py", *arguments, str(kept), first)
-    found = json.loads(kept.read_text())
-    assert list(found["runs"]) == ["step3_dataloader --micro_batch_size 8", first]
-    found["runs"][first][0]["loss"] += 1  # so the next call must say that it is outside
-    kept.write_text(json.dumps(found))
-    again = command("convergence.py", *arguments, str(kept), first, code=1)
-    assert rows(again)[0] == rows(text)[0] and rows(again)[1][6] == "OUTSIDE"
-    arguments[1] = "3"
-    assert "other flags" in command("convergence.py", *arguments, str(kept), first, code=1)
+def test_runs_are_kept_over_calls(tmp_path, monkeypatch):
+    launched = []
+
+    def train(run, common, plant=None):
+        launched.append((run, plant))
+        return [{"step": 1, "loss": 2.0}]
+
+    monkeypatch.setattr(convergence, "train", train)
+    first = convergence.Runs("--steps 2", tmp_path / "runs.json")
+    assert first.metrics("a") == first.metrics("a") == [{"step": 1, "loss": 2.0}]
+    first.metrics("b", "halve_norm_gradients")
+    again = convergence.Runs("--steps 2", tmp_path / "runs.json")
+    assert again.metrics("a") == first.metrics("a") and again.metrics("b")
+    assert launched == [("a", None), ("b", "halve_norm_gradients"), ("b", None)]
+    with pytest.raises(SystemExit, match="--save .*other flags"):
+        convergence.Runs("--steps 3", tmp_path / "runs.json")
 
 
 @pytest.mark.parametrize(
