@@ -242,7 +242,7 @@ def ring():
                 arrow(axes, (x + 1.1, y - 0.1), (end, y - 1.9), colour, bend)
     text = (
         "each block is sent on while it is computed:\ncp steps, cp - 1 sends; backward again,\n"
-        "with the gradients of kv one step behind"
+        "and gradients of kv go straight home"
     )
     axes.text(37.2, 4.2, text, ha="center", va="center", fontsize=7.5)
     return figure

@@ -123,7 +123,7 @@ class RingAttention(torch.autograd.Function):
     def backward(ctx, grad_out):
         q, kv, out, log_sum = ctx.saved_tensors
         ring, group, exact = ctx.ring, ctx.ring.group, log_sum.dtype
-        homeward = []  # a share of our gradients on its way
+        homeward = []  # shares of our gradients on their way
         for source, (k, v) in travel(kv, group):
             rows, columns, causal = attending(group.rank, source, q.shape[2] // 2)
             share_q, *share_kv = backward_block(
@@ -137,14 +137,14 @@ class RingAttention(torch.autograd.Function):
                 log_sum[:, :, rows],
                 causal,
             )
-            share_kv = torch.stack([x.transpose(1, 2) for x in share_kv])  # as in kv
+            share_kv = torch.stack([x.transpose(1, 2) for x in share_kv]).to(kv.dtype)
             if source == group.rank:  # the first
                 grad_q, grad_kv = share_q.to(exact), share_kv.to(exact)
                 continue
-            ring.add(grad_q[:, :, rows], share_q)
-            while homeward:  # sent before this block, which it can hide behind
-                ring.arrive(grad_kv, *homeward.pop())
             homeward.append(send_home(share_kv, source, group, q.shape[2] // 2))
+            ring.add(grad_q[:, :, rows], share_q)
+            if len(homeward) > 1:  # the one before had the time of this block
+                ring.arrive(grad_kv, *homeward.pop(0))
         ring.arrive(grad_kv, *homeward.pop())
         return grad_q.to(q.dtype), grad_kv.to(kv.dtype), None
 

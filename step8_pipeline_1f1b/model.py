@@ -239,8 +239,8 @@ class Llama(nn.Module):
         recompute_elementwise: casts of weights, norms and the gated product, which the backward
         pass would read, are computed there again. Source: arXiv:2205.05198, section 5.
         """
-        # Nothing public asks the compiler for that (torch 2.13). By default it keeps what a product
-        # of the backward pass reads, because that has to be written to memory in either case.
+        # Nothing public asks the compiler for that (torch 2.13), nor for one model only. By default
+        # it keeps what a product of backward reads: that has to be written to memory either way.
         partitioner.ban_recompute_materialized_backward = not recompute_elementwise
         for layer in self.model.layers.values():
             layer.compile(backend=backend)

@@ -112,25 +112,34 @@ def train(run, common, plant=None, step_dir=None):
 
 
 class Runs:
-    """The metrics of runs, launched when first asked for; with a file it keeps, over calls, too."""
+    """The metrics of runs, launched when first asked for; with a file, kept over calls too."""
 
     def __init__(self, common, path):
-        self.common, self.path, self.found = common, path, {}
+        self.path, self.common, self.found = path, common, {}
+        self.of = {"flags": common, "machine": machine().rsplit(", ", 1)[0]}  # without the date
         if path is not None and path.exists():
             kept = json.loads(path.read_text())
-            if kept["flags"] != common:
-                sys.exit(f"error: --save {path}: its runs have other flags; name another file")
+            if any(kept[key] != value for key, value in self.of.items()):
+                sys.exit(f"error: --save {path}: of other flags or machines; name another file")
             self.found = kept["runs"]
+        self.keep()  # or that it can't be written would be known after the first run
 
     def metrics(self, run, plant=None):
         if plant:  # not what it should be, and so not kept
             return train(run, self.common, plant)
         if run not in self.found:
             self.found[run] = train(run, self.common)
-            if self.path is not None:
-                kept = {"machine": machine(), "flags": self.common, "runs": self.found}
-                self.path.write_text(json.dumps(kept))
+            self.keep()
         return self.found[run]
+
+    def keep(self):
+        if self.path is not None:  # written aside: a call that is killed leaves the file whole
+            aside = self.path.with_suffix(".part")
+            try:
+                aside.write_text(json.dumps(self.of | {"runs": self.found}))
+            except OSError as error:
+                sys.exit(f"error: --save {self.path}: {error.strerror}; name a file to write")
+            aside.replace(self.path)
 
 
 def compare(reference, metrics, dtype):

@@ -6,8 +6,8 @@
 
 Trains as the step's `train.py` does with these flags, then one step more under PyTorch's profiler,
 and prints a table: of every rank the milliseconds of that step, and the most memory that PyTorch
-reserved. Flags after a `--` are of one run, those before the first `--` of all. `--top 20` before
-the step's name adds the kernels that took longest on the first rank.
+reserved. Flags after a `--` are of one run, which may have none; those before the first `--` of
+all. `--top 20` before the step's name adds the kernels that took longest on the first rank.
 """
 
 import argparse

@@ -62,7 +62,7 @@ def test_blocks_travel_while_others_are_computed(step_dir, worlds):
         assert ring[len(forward) :] == [
             begins, block, waits, waits,
             begins, block, begins, waits, waits,
-            block, waits, waits, begins,
+            block, begins, waits, waits,
             waits, waits,
         ]  # fmt: skip
 

@@ -61,6 +61,9 @@ def test_runs_are_kept_over_calls(tmp_path, monkeypatch):
     assert launched == [("a", None), ("b", "halve_norm_gradients"), ("b", None)]
     with pytest.raises(SystemExit, match="--save .*other flags"):
         convergence.Runs("--steps 3", tmp_path / "runs.json")
+    monkeypatch.setattr(convergence, "machine", lambda: "another one, today")
+    with pytest.raises(SystemExit, match="--save .*machines"):
+        convergence.Runs("--steps 2", tmp_path / "runs.json")
 
 
 @pytest.mark.parametrize(
