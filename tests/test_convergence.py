@@ -114,13 +114,14 @@ def test_all_runs_over_the_full_number_of_steps(dtype, steps):
     print(text)
 
 
-def test_benchmark_measures_beside_transformers(tmp_path):
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_benchmark_measures_beside_transformers(tmp_path, ranks):
     saved = tmp_path / "figures.json"
-    runs = ["step3_dataloader", "LlamaForCausalLM", "LlamaForCausalLM --dp_size 2"]
+    runs = ["step3_dataloader", f"LlamaForCausalLM --dp_size {ranks}"]
     arguments = ["--steps", "8", "--rounds", "1", "--save", str(saved)]
     text = command("benchmark.py", *arguments, *runs)
     found = [(row[0], row[2]) for row in rows(text)]
-    assert found == [*((run.split()[0], "1") for run in runs[:2]), ("LlamaForCausalLM", "2")]
+    assert found == [("step3_dataloader", "1"), ("LlamaForCausalLM", str(ranks))]
     assert rows(text)[0][6] == "1.00"
     figures = json.loads(saved.read_text())
     assert re.search(r"torch \d", figures["machine"])
