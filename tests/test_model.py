@@ -229,7 +229,12 @@ def test_triton_rms_norm_under_the_interpreter(step_dir, dtype, bound):
 
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize(
-    "flags", ["--activation_checkpointing", "--compile aot_eager --recompute_elementwise"]
+    "flags",
+    [
+        "--activation_checkpointing",
+        "--compile aot_eager",
+        "--compile aot_eager --recompute_elementwise",
+    ],
 )
 def test_the_same_numbers_when_recomputed_or_compiled(step_dir, train_on, flags):
     reference = train_on(step_dir, 1, TINY, 3)

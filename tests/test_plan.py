@@ -83,19 +83,19 @@ def test_the_plan_is_what_a_run_does(step_dir, worlds, plan, layout):
     args, argv = plan.parse_args((SHAPE + layout).split()), RUN + SHAPE + layout
     world = worlds(step_dir, ranks_of(layout))
     ranks = (world.run(f, argv) for f in (workers.ledger_of, workers.owned_bytes, kept_of))
-    ranks = list(zip(*ranks, strict=True))
-    due = {}  # of each stage, the most that a rank sends: of a ring's ranks the first one does
+    ranks, ring = list(zip(*ranks, strict=True)), ("cp", "send")
+    most = Counter()  # of each stage: of a ring's ranks the first one sends most, and is planned
     for (_, predicted), _, (place, _) in ranks:
-        for key, (_, size) in predicted.items():
-            due[(place, *key)] = max(size, due.get((place, *key), 0))
-    for _, owned, (place, kept) in ranks:
+        most[place] = max(most[place], predicted.get(ring, (0, 0))[1])
+    for (_, predicted), owned, (place, kept) in ranks:
         stage = plan.Stage(args, place)
         sent = Counter()
         for axis, collective, size, _ in stage.traffic():
             sent[axis, collective] += size
-        keys = {key[1:] for key in due if key[0] == place and key[1] in AXES}
-        for key in {*sent, *keys}:
-            assert sent[key] == pytest.approx(due.get((place, *key), 0), rel=1e-3), key
+        due = {key: size for key, (_, size) in predicted.items() if key[0] in AXES}
+        due[ring] = most[place]
+        for key in {*sent, *due}:
+            assert sent[key] == pytest.approx(due.get(key, 0), rel=1e-3), key
         memory = stage.memory()
         for kind in ("weights", "gradients", "moments"):
             if kind == "gradients" and "zero1" in layout:
