@@ -158,7 +158,7 @@ class Ring:
             self.merge = torch.compile(merge, backend=backend, dynamic=False)
             self.add = torch.compile(add, backend=backend, dynamic=False)
 
-    def arrive(self, total, columns, share, handles, _):
+    def arrive(self, total, columns, share, handles, sent):  # sent: only kept alive until here
         """Wait for what `send_home` returned, and add it to the gradients of all our keys."""
         for handle in handles:
             handle.wait()
