@@ -74,7 +74,8 @@ class Stage:
         """Bytes that autograd keeps of a micro-batch: of a whole layer, in layers, at the end."""
         a, t, alone = self.args, self.tokens, self.args.tp_size == 1
         # Step 4: what comes in and its norm, twice; q, out, k, v; gate, silu, up, their product.
-        inner = 2 * self.q + 2 * self.kv + 4 * self.f
+        # Step 5: and the k and v that came last.
+        inner = 2 * self.q + (2 + 2 * (a.cp_size > 1)) * self.kv + 4 * self.f
         # Step 1 casts a weight where it is used, and autograd keeps the copy; not step 4's columns.
         whole = 2 * t * (4 * self.between + inner) + 2 * (self.rows + alone * self.columns)
         layer = 2 * t * self.between if a.activation_checkpointing else whole
@@ -111,9 +112,9 @@ class Stage:
         tp = [("all_gather", self.last * m * 8 * t * a.tp_size)]  # the loss
         dealt_out = [("reduce_scatter", sums), ("all_gather", gathers), ("all_reduce", norms)]
         tp += dealt_out if a.sequence_parallel else [("all_reduce", sums)]
-        # Step 5: keys and values, forward and backward, and their gradients, of the first rank,
-        # which sends most.
-        hops = (3 + redo) * (a.cp_size - 1)
+        # Step 5: keys and values, forward and (but one) backward, and their gradients, of the rank
+        # that sends most, the first.
+        hops = (3 + redo) * (a.cp_size - 1) - 1
         cp = [("send", m * self.layers * hops * 2 * 2 * t * self.kv)]
         # Step 6, in float32; zero3 has the last layer and what is outside until backward.
         again = 4 * (self.weights - self.layer - self.outside)

@@ -10,6 +10,8 @@ work. Source: Striped Attention (arXiv:2311.09431), section 3, for the imbalance
 of Llama 3 (arXiv:2407.21783), section 3.3.2.
 """
 
+from itertools import chain
+
 import torch
 
 import process_group as pg
@@ -45,19 +47,18 @@ def attending(rank, source, chunk):
     return slice(chunk, None), slice(None), False  # both of its chunks are between ours
 
 
-def travel(block, group):
-    """Yield (rank that it comes from, block) for all ranks of a ring, this rank's own first.
+def travel(block, sources, to, by, group):
+    """Yield (source, block) for each of `sources`, the ranks whose blocks we see; `block` is first.
 
-    block: [2, batch, seq / cp, kv_heads, head_dim]; the kernels get it with two dims swapped. While
-    the caller works on one block, it is also on its way to the next rank, and the one after it on
-    its way from the previous rank.
+    block: [2, batch, seq / cp, kv_heads, head_dim]. While the caller works on one block, it is also
+    on its way to the rank `to`, and the one after it on its way from the rank `by`.
     """
-    for step in range(group.size):
+    for source in sources:
         arriving, handles = None, []
-        if step + 1 < group.size:
+        if source != sources[-1]:
             arriving = torch.empty_like(block)
-            handles = pg.exchange(group, [(block, group.next)], [(arriving, group.previous)])
-        yield (group.rank - step) % group.size, block.transpose(2, 3)
+            handles = pg.exchange(group, [(block, to)], [(arriving, by)])
+        yield source, block
         for handle in handles:
             handle.wait()
         block = arriving
@@ -79,7 +80,7 @@ def send_home(share, source, group, chunk):
     """Send a share of the gradients of a block's keys and values to `source`, whose block it is.
 
     share: [2, batch, keys, kv_heads, head_dim]. While we worked on that block, the rank as far
-    ahead as `source` is behind worked on ours. Returns (which of our keys it comes for, its share,
+    behind as `source` is ahead worked on ours. Returns (which of our keys it comes for, its share,
     handles to wait for, what must stay alive until then).
     """
     giver = (2 * group.rank - source) % group.size
@@ -95,19 +96,26 @@ def add(total, share):
     total += share
 
 
+def finish(total, share, dtype):
+    """Add the last share to a gradient, and give it the digits it should have."""
+    return (total + share).to(dtype)
+
+
 class RingAttention(torch.autograd.Function):
     """Causal attention over a sequence that is dealt out by `zigzag_positions`.
 
     q: [batch, heads, seq / cp, head_dim]; kv, keys and values: [2, batch, seq / cp, kv_heads,
-    head_dim]. The latter travel the ring forward, and once more backward, when each rank sends its
-    share of their gradients straight home.
+    head_dim]. The latter travel the ring. The backward pass is the forward pass in reverse: it
+    begins with the block that came last, the ring turns the other way, and each rank sends its
+    shares of the gradients straight home, the last of them while it works on its own block.
     """
 
     @staticmethod
     def forward(ctx, q, kv, ring):
         group = ring.group
         exact = torch.promote_types(q.dtype, torch.float32)
-        for source, (k, v) in travel(kv, group):
+        for source, last in travel(kv, ring.order, group.next, group.previous, group):
+            k, v = last.transpose(2, 3)  # [batch, kv_heads, seq / cp, head_dim]
             rows, columns, causal = attending(group.rank, source, q.shape[2] // 2)
             block = forward_block(q[:, :, rows], k[:, :, columns], v[:, :, columns], causal)
             if source == group.rank:  # the first
@@ -115,16 +123,19 @@ class RingAttention(torch.autograd.Function):
             else:
                 ring.merge(out[:, :, rows], log_sum[:, :, rows], *block)
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, kv, out, log_sum)
+        ctx.save_for_backward(q, kv, last, out, log_sum)
         ctx.ring = ring
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        q, kv, out, log_sum = ctx.saved_tensors
-        ring, group, exact = ctx.ring, ctx.ring.group, log_sum.dtype
+        q, kv, last, out, log_sum = ctx.saved_tensors
+        ring, group = ctx.ring, ctx.ring.group
+        grad_q, grad_kv = (torch.zeros_like(x, dtype=log_sum.dtype) for x in (q, kv))
         homeward = []  # shares of our gradients on their way
-        for source, (k, v) in travel(kv, group):
+        others = travel(last, ring.order[:0:-1], group.previous, group.next, group)
+        for source, block in chain(others, [(group.rank, kv)]):
+            k, v = block.transpose(2, 3)
             rows, columns, causal = attending(group.rank, source, q.shape[2] // 2)
             share_q, *share_kv = backward_block(
                 grad_out[:, :, rows],
@@ -138,25 +149,28 @@ class RingAttention(torch.autograd.Function):
                 causal,
             )
             share_kv = torch.stack([x.transpose(1, 2) for x in share_kv]).to(kv.dtype)
-            if source == group.rank:  # the first
-                grad_q, grad_kv = share_q.to(exact), share_kv.to(exact)
-                continue
+            if source == group.rank:  # the last
+                break
             homeward.append(send_home(share_kv, source, group, q.shape[2] // 2))
             ring.add(grad_q[:, :, rows], share_q)
             if len(homeward) > 1:  # the one before had the time of this block
                 ring.arrive(grad_kv, *homeward.pop(0))
         ring.arrive(grad_kv, *homeward.pop())
-        return grad_q.to(q.dtype), grad_kv.to(kv.dtype), None
+        grad_q = ring.finish(grad_q, share_q, q.dtype)
+        return grad_q, ring.finish(grad_kv, share_kv, kv.dtype), None
 
 
 class Ring:
     """A group, and what is done to each block that arrives: one pass over memory if compiled."""
 
     def __init__(self, group, backend):
-        self.group, self.merge, self.add = group, merge, add
+        self.group, self.merge, self.add, self.finish = group, merge, add, finish
+        # The ranks whose blocks come by: our own, that of the previous rank, and so on.
+        self.order = [(group.rank - step) % group.size for step in range(group.size)]
         if backend is not None:
             self.merge = torch.compile(merge, backend=backend, dynamic=False)
             self.add = torch.compile(add, backend=backend, dynamic=False)
+            self.finish = torch.compile(finish, backend=backend, dynamic=False)
 
     def arrive(self, total, columns, share, handles, sent):  # sent: only kept alive until here
         """Wait for what `send_home` returned, and add it to the gradients of all our keys."""
@@ -191,9 +205,10 @@ def context_parallel_traffic(args, model, group):
     tokens = args.micro_batch_size * args.seq_len // cp
     block = 2 * tokens * config.num_key_value_heads // args.tp_size * config.head_dim
     rings = args.gradient_accumulation_steps * len(model.model.layers)
-    forwards = 3 if args.activation_checkpointing else 2  # backward goes round too
+    forwards = 2 if args.activation_checkpointing else 1
+    travels = forwards * (cp - 1) + cp - 2  # the way back begins with a block that is there
     later = cp - 1 - group.rank  # ranks to which all their keys' gradients go; to others, half
     return [
-        ("cp", "send", rings * (forwards * (cp - 1) + later), block * number),
+        ("cp", "send", rings * (travels + later), block * number),
         ("cp", "send", rings * group.rank, block * number // 2),
     ]

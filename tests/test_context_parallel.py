@@ -57,13 +57,13 @@ def test_blocks_travel_while_others_are_computed(step_dir, worlds):
         begins, waits, block = "exchange begins", "exchange is waited for", "block"
         forward = 2 * [begins, block, waits, waits] + [block]  # a send and a receive each
         assert ring[: len(forward)] == forward
-        # Backward the gradients of another rank's keys and values leave after their block, and
-        # those that come home meanwhile are waited for after the next one.
+        # Backward begins with the block that came last, and ends with the own one. Gradients of
+        # another rank's keys and values leave after their block, and those that come home meanwhile
+        # are waited for after the next one.
         assert ring[len(forward) :] == [
-            begins, block, waits, waits,
             begins, block, begins, waits, waits,
             block, begins, waits, waits,
-            waits, waits,
+            block, waits, waits,
         ]  # fmt: skip
 
 

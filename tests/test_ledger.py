@@ -117,9 +117,10 @@ def test_two_sums_a_layer_each_way(step_dir, worlds, sequence_parallel):
 def test_keys_and_values_are_sent_unrepeated(step_dir, worlds, cp):
     block = 2 * 4 * (TOKENS // cp) * 4 * 16  # k and v of 4 kv heads of 16, in float32
     for rank, (counted, _) in enumerate(ledgers(step_dir, worlds, f"--cp_size {cp}")):
-        # Forward, backward, and gradients, to earlier ranks those of half a block.
-        blocks = 3 * (cp - 1) - rank / 2
-        calls = MICRO_BATCHES * LAYERS * 3 * (cp - 1)
+        # Forward, backward without the two that are there, and gradients, to earlier ranks those
+        # of half a block.
+        travels = (cp - 1) + (cp - 2) + (cp - 1)
+        blocks, calls = travels - rank / 2, MICRO_BATCHES * LAYERS * travels
         assert counted["cp", "send"] == (calls, MICRO_BATCHES * LAYERS * blocks * block)
 
 
