@@ -182,17 +182,16 @@ def main():
     flags = options.flags or (LARGE if options.gpus else SMALL)
     steps = options.steps or (12 if options.gpus else 120)
     found = {run: [] for run in runs}
+    result = {"machine": machine(), "flags": flags, "runs": {}}
     print(f"{machine()}\nflags of all runs: {flags}\n", flush=True)
     for _ in range(options.rounds or (1 if options.gpus else 3)):
         for run, metrics in found.items():
             metrics += measure(run, flags, steps, count if options.gpus else 0)
-            speed = median(metrics)["tokens_per_second_per_device"]
-            print(f"{run}: {speed:,.0f}", file=sys.stderr, flush=True)
-    result = {
-        "machine": machine(),
-        "flags": flags,
-        "runs": {r: median(m) for r, m in found.items()},
-    }
+            result["runs"][run] = figures = median(metrics)
+            speed, memory = figures["tokens_per_second_per_device"], figures["memory_gb"]
+            print(f"{run}: {speed:,.0f}, {memory:.1f} GB", file=sys.stderr, flush=True)
+            if options.save:  # after each run: what there is outlives a job's time limit
+                options.save.write_text(json.dumps(result, indent=1) + "\n")
     # What one device does alone is what each of several is measured by.
     alone = next((result["runs"][run] for run in runs if ranks_of(run) == 1), None)
     rows = []
@@ -212,8 +211,6 @@ def main():
         )
     headers = ["step", "layout", "ranks", "tokens/s and device", "MFU", "peak GB", "x one device"]
     print(table(headers, rows))
-    if options.save:
-        options.save.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
