@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from launch import flag, launch, machine, ranks_of, sequences_of, table
+from launch import Saved, flag, launch, machine, ranks_of, sequences_of, table
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--num_hidden_layers 4 --seq_len 64"
@@ -172,7 +172,9 @@ def main():
     parser.add_argument("--flags", help="of every run, in quotes: shape, device")
     parser.add_argument("--steps", type=int, help="default: 120, with --gpus 12")
     parser.add_argument("--rounds", type=int, help="default: 3, with --gpus 1")
-    parser.add_argument("--save", type=Path, help="write all figures to this .json")
+    parser.add_argument(
+        "--save", type=Path, help="figures go to this .json, and what is in it is not run again"
+    )
     options = parser.parse_args()
     count = torch.cuda.device_count()
     if options.gpus and not count:
@@ -181,21 +183,24 @@ def main():
     runs = options.runs or (gpu_runs(count) if options.gpus else RUNS)
     flags = options.flags or (LARGE if options.gpus else SMALL)
     steps = options.steps or (12 if options.gpus else 120)
-    found = {run: [] for run in runs}
-    result = {"machine": machine(), "flags": flags, "runs": {}}
+    rounds = options.rounds or (1 if options.gpus else 3)
+    saved = Saved(options.save, flags=flags, steps=steps, rounds=rounds)
+    found = {run: [] for run in runs if run not in saved.runs}
     print(f"{machine()}\nflags of all runs: {flags}\n", flush=True)
-    for _ in range(options.rounds or (1 if options.gpus else 3)):
+    for turn in range(rounds):
         for run, metrics in found.items():
             metrics += measure(run, flags, steps, count if options.gpus else 0)
-            result["runs"][run] = figures = median(metrics)
+            figures = median(metrics)
             speed, memory = figures["tokens_per_second_per_device"], figures["memory_gb"]
             print(f"{run}: {speed:,.0f}, {memory:.1f} GB", file=sys.stderr, flush=True)
-            if options.save:  # after each run: what there is outlives a job's time limit
-                options.save.write_text(json.dumps(result, indent=1) + "\n")
+            if turn + 1 == rounds:
+                saved.runs[run] = figures
+                saved.keep()
     # What one device does alone is what each of several is measured by.
-    alone = next((result["runs"][run] for run in runs if ranks_of(run) == 1), None)
+    alone = next((saved.runs[run] for run in runs if ranks_of(run) == 1), None)
     rows = []
-    for run, figures in result["runs"].items():
+    for run in runs:
+        figures = saved.runs[run]
         step, _, layout = run.partition(" ")
         speed = figures["tokens_per_second_per_device"]
         rows.append(

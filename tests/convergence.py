@@ -20,7 +20,6 @@ one process.
 
 import argparse
 import contextlib
-import json
 import math
 import re
 import statistics
@@ -30,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from harness import Run, World, differences, run_steps
-from launch import flag, launch, machine, ranks_of, sequences_of, table
+from launch import Saved, flag, launch, machine, ranks_of, sequences_of, table
 from layouts import AXES, everything, flags_of
 from tqdm import tqdm
 
@@ -111,35 +110,16 @@ def train(run, common, plant=None, step_dir=None):
     return result.metrics
 
 
-class Runs:
-    """The metrics of runs, launched when first asked for; with a file, kept over calls too."""
-
-    def __init__(self, common, path):
-        self.path, self.common, self.found = path, common, {}
-        self.of = {"flags": common, "machine": machine().rsplit(", ", 1)[0]}  # without the date
-        if path is not None and path.exists():
-            kept = json.loads(path.read_text())
-            if any(kept[key] != value for key, value in self.of.items()):
-                sys.exit(f"error: --save {path}: of other flags or machines; name another file")
-            self.found = kept["runs"]
-        self.keep()  # or that it can't be written would be known after the first run
+class Runs(Saved):
+    """The metrics of runs, launched when first asked for."""
 
     def metrics(self, run, plant=None):
         if plant:  # not what it should be, and so not kept
-            return train(run, self.common, plant)
-        if run not in self.found:
-            self.found[run] = train(run, self.common)
+            return train(run, self.of["flags"], plant)
+        if run not in self.runs:
+            self.runs[run] = train(run, self.of["flags"])
             self.keep()
-        return self.found[run]
-
-    def keep(self):
-        if self.path is not None:  # written aside: a call that is killed leaves the file whole
-            aside = self.path.with_suffix(".part")
-            try:
-                aside.write_text(json.dumps(self.of | {"runs": self.found}))
-            except OSError as error:
-                sys.exit(f"error: --save {self.path}: {error.strerror}; name a file to write")
-            aside.replace(self.path)
+        return self.runs[run]
 
 
 def compare(reference, metrics, dtype):
@@ -280,7 +260,7 @@ def main():
         flags=options.flags,
     )
     print(f"{options.dtype}, {steps} steps, {machine()}\nflags of all runs: {common}\n", flush=True)
-    runs = Runs(common, options.save)
+    runs = Runs(options.save, flags=common)
     reference, curves = runs.metrics(base), {}
     rows, failed = [[*base.split(" ", 1), 1, "", "", f"{speed(reference):,.0f}", "baseline"]], False
     for run in options.runs:

@@ -96,6 +96,31 @@ def machine():
     return f"{where}, torch {torch.__version__}, Python {version}, {time.strftime('%Y-%m-%d')}"
 
 
+class Saved:
+    """What runs gave, by their flags: `runs`. With a file, kept over calls that are `of` the same,
+    on the same machine.
+    """
+
+    def __init__(self, path, **of):
+        self.path, self.runs = path, {}
+        self.of = {**of, "machine": machine().rsplit(", ", 1)[0]}  # without the date
+        if path is not None and path.exists():
+            kept = json.loads(path.read_text())
+            if any(kept.get(key) != value for key, value in self.of.items()):
+                sys.exit(f"error: --save {path}: of other flags or machines; name another file")
+            self.runs = kept["runs"]
+        self.keep()  # or that it can't be written would be known after the first run
+
+    def keep(self):
+        if self.path is not None:  # written aside: a call that is killed leaves the file whole
+            aside = self.path.with_suffix(".part")
+            try:
+                aside.write_text(json.dumps(self.of | {"runs": self.runs}, indent=1) + "\n")
+            except OSError as error:
+                sys.exit(f"error: --save {self.path}: {error.strerror}; name a file to write")
+            aside.replace(self.path)
+
+
 def table(headers, rows):
     """A Markdown table."""
     lines = [headers, ["---"] * len(headers), *rows]

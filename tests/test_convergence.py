@@ -53,17 +53,17 @@ def test_runs_are_kept_over_calls(tmp_path, monkeypatch):
         return [{"step": 1, "loss": 2.0}]
 
     monkeypatch.setattr(convergence, "train", train)
-    first = convergence.Runs("--steps 2", tmp_path / "runs.json")
+    first = convergence.Runs(tmp_path / "runs.json", flags="--steps 2")
     assert first.metrics("a") == first.metrics("a") == [{"step": 1, "loss": 2.0}]
     first.metrics("b", "halve_norm_gradients")
-    again = convergence.Runs("--steps 2", tmp_path / "runs.json")
+    again = convergence.Runs(tmp_path / "runs.json", flags="--steps 2")
     assert again.metrics("a") == first.metrics("a") and again.metrics("b")
     assert launched == [("a", None), ("b", "halve_norm_gradients"), ("b", None)]
     with pytest.raises(SystemExit, match="--save .*other flags"):
-        convergence.Runs("--steps 3", tmp_path / "runs.json")
-    monkeypatch.setattr(convergence, "machine", lambda: "another one, today")
+        convergence.Runs(tmp_path / "runs.json", flags="--steps 3")
+    monkeypatch.setattr("launch.machine", lambda: "another one, today")
     with pytest.raises(SystemExit, match="--save .*machines"):
-        convergence.Runs("--steps 2", tmp_path / "runs.json")
+        convergence.Runs(tmp_path / "runs.json", flags="--steps 2")
 
 
 @pytest.mark.parametrize(
@@ -127,6 +127,7 @@ def test_benchmark_measures_beside_transformers(tmp_path, ranks):
     assert re.search(r"torch \d", figures["machine"])
     for run in figures["runs"].values():
         assert run["tokens_per_second"] > 500 and run["memory_gb"] > 0.1
+    assert rows(command("benchmark.py", *arguments, *runs)) == rows(text)  # nothing ran again
 
 
 def test_of_several_gpus_the_slowest_counts(capsys, monkeypatch):
