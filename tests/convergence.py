@@ -241,8 +241,10 @@ def main():
             sys.exit("error: --tinyllama needs 2 CUDA devices or more; leave it out")
         options.sequences, options.device = 32, "cuda"
         options.flags = f"{TINYLLAMA} {options.flags}"
-        options.runs = options.runs or gpu_runs(count)
         base = f"{BASELINE} --gradient_accumulation_steps 2 --micro_batch_size 16"  # memory
+        # One device too, its additions in another order: how far rounding alone leads.
+        again = f"{BASELINE} --gradient_accumulation_steps 8 --micro_batch_size 4"
+        options.runs = options.runs or [again, *gpu_runs(count)]
     options.runs = options.runs or SPLITS + LAYOUTS
     steps, learning_rate, loss_bound, norm_bound = BOUNDS[options.dtype]
     steps = options.steps or steps
