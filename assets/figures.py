@@ -241,8 +241,9 @@ def ring():
                 colour = EDGE if rank + 1 < ranks else "#999999"
                 arrow(axes, (x + 1.1, y - 0.1), (end, y - 1.9), colour, bend)
     text = (
-        "each block is sent on while it is computed:\ncp steps, cp - 1 sends; backward in reverse,\n"
-        "and gradients of kv go straight home"
+        "each block is sent on while it is computed:\n"
+        "cp steps, cp - 1 sends; backward in reverse,\n"
+        "cp - 2 sends, gradients of kv straight home"
     )
     axes.text(37.2, 4.2, text, ha="center", va="center", fontsize=7.5)
     return figure

@@ -10,8 +10,6 @@ work. Source: Striped Attention (arXiv:2311.09431), section 3, for the imbalance
 of Llama 3 (arXiv:2407.21783), section 3.3.2.
 """
 
-from itertools import chain
-
 import torch
 
 import process_group as pg
@@ -76,21 +74,6 @@ def merge(out, log_sum, block_out, block_log_sum):
     log_sum.copy_(torch.logaddexp(log_sum, block_log_sum))
 
 
-def send_home(share, source, group, chunk):
-    """Send a share of the gradients of a block's keys and values to `source`, whose block it is.
-
-    share: [2, batch, keys, kv_heads, head_dim]. While we worked on that block, the rank as far
-    behind as `source` is ahead worked on ours. Returns (which of our keys it comes for, its share,
-    handles to wait for, what must stay alive until then).
-    """
-    giver = (2 * group.rank - source) % group.size
-    columns = attending(giver, group.rank, chunk)[1]
-    keys = len(range(2 * chunk)[columns])
-    arriving = share.new_empty(*share.shape[:2], keys, *share.shape[3:])
-    to, by = group.ranks[source], group.ranks[giver]
-    return columns, arriving, pg.exchange(group, [(share, to)], [(arriving, by)]), share
-
-
 def add(total, share):
     """Add a gradient to a sum that may have more digits, in place."""
     total += share
@@ -99,6 +82,40 @@ def add(total, share):
 def finish(total, share, dtype):
     """Add the last share to a gradient, and give it the digits it should have."""
     return (total + share).to(dtype)
+
+
+class Ring:
+    """A group, and what is done to each block that arrives: one pass over memory if compiled."""
+
+    def __init__(self, group, backend):
+        self.group, self.merge, self.add, self.finish = group, merge, add, finish
+        # The ranks whose blocks come by: our own, that of the previous rank, and so on.
+        self.order = [(group.rank - step) % group.size for step in range(group.size)]
+        self.back = self.order[:0:-1]  # the others, the last one first
+        if backend is not None:
+            self.merge = torch.compile(merge, backend=backend, dynamic=False)
+            self.add = torch.compile(add, backend=backend, dynamic=False)
+            self.finish = torch.compile(finish, backend=backend, dynamic=False)
+
+    def send_home(self, share, source, chunk):
+        """Send a share of the gradients of keys and values to `source`, whose block they are.
+
+        share: [2, batch, keys, kv_heads, head_dim]. While we worked on that block, the rank as far
+        behind as `source` is ahead worked on ours. Returns (which of our keys it comes for, its
+        share, handles to wait for, what must stay alive until then).
+        """
+        group, giver = self.group, (2 * self.group.rank - source) % self.group.size
+        columns = attending(giver, group.rank, chunk)[1]
+        keys = len(range(2 * chunk)[columns])
+        arriving = share.new_empty(*share.shape[:2], keys, *share.shape[3:])
+        to, by = group.ranks[source], group.ranks[giver]
+        return columns, arriving, pg.exchange(group, [(share, to)], [(arriving, by)]), share
+
+    def arrive(self, total, columns, arriving, handles, sent):  # sent: only kept alive until here
+        """Wait for what `send_home` returned, and add it to the gradients of all our keys."""
+        for handle in handles:
+            handle.wait()
+        self.add(total[:, :, columns], arriving)
 
 
 class RingAttention(torch.autograd.Function):
@@ -112,31 +129,30 @@ class RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, kv, ring):
-        group = ring.group
+        group, chunk = ring.group, q.shape[2] // 2
         exact = torch.promote_types(q.dtype, torch.float32)
-        for source, last in travel(kv, ring.order, group.next, group.previous, group):
-            k, v = last.transpose(2, 3)  # [batch, kv_heads, seq / cp, head_dim]
-            rows, columns, causal = attending(group.rank, source, q.shape[2] // 2)
-            block = forward_block(q[:, :, rows], k[:, :, columns], v[:, :, columns], causal)
+        for source, block in travel(kv, ring.order, group.next, group.previous, group):
+            k, v = block.transpose(2, 3)  # [batch, kv_heads, seq / cp, head_dim]
+            rows, columns, causal = attending(group.rank, source, chunk)
+            part = forward_block(q[:, :, rows], k[:, :, columns], v[:, :, columns], causal)
             if source == group.rank:  # the first
-                out, log_sum = (x.to(exact) for x in block)
+                out, log_sum = (x.to(exact) for x in part)
             else:
-                ring.merge(out[:, :, rows], log_sum[:, :, rows], *block)
+                ring.merge(out[:, :, rows], log_sum[:, :, rows], *part)
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, kv, last, out, log_sum)
+        ctx.save_for_backward(q, kv, block, out, log_sum)  # block: the one that came last
         ctx.ring = ring
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
         q, kv, last, out, log_sum = ctx.saved_tensors
-        ring, group = ctx.ring, ctx.ring.group
+        ring, group, chunk = ctx.ring, ctx.ring.group, q.shape[2] // 2
         grad_q, grad_kv = (torch.zeros_like(x, dtype=log_sum.dtype) for x in (q, kv))
-        homeward = []  # shares of our gradients on their way
-        others = travel(last, ring.order[:0:-1], group.previous, group.next, group)
-        for source, block in chain(others, [(group.rank, kv)]):
+
+        def shares(source, block):
             k, v = block.transpose(2, 3)
-            rows, columns, causal = attending(group.rank, source, q.shape[2] // 2)
+            rows, columns, causal = attending(group.rank, source, chunk)
             share_q, *share_kv = backward_block(
                 grad_out[:, :, rows],
                 q[:, :, rows],
@@ -148,35 +164,19 @@ class RingAttention(torch.autograd.Function):
                 log_sum[:, :, rows],
                 causal,
             )
-            share_kv = torch.stack([x.transpose(1, 2) for x in share_kv]).to(kv.dtype)
-            if source == group.rank:  # the last
-                break
-            homeward.append(send_home(share_kv, source, group, q.shape[2] // 2))
+            return rows, share_q, torch.stack([x.transpose(1, 2) for x in share_kv]).to(kv.dtype)
+
+        coming = None  # the share of our gradients that is on its way
+        for source, block in travel(last, ring.back, group.previous, group.next, group):
+            rows, share_q, share_kv = shares(source, block)
+            before, coming = coming, ring.send_home(share_kv, source, chunk)
             ring.add(grad_q[:, :, rows], share_q)
-            if len(homeward) > 1:  # the one before had the time of this block
-                ring.arrive(grad_kv, *homeward.pop(0))
-        ring.arrive(grad_kv, *homeward.pop())
+            if before:  # it had the time of this block
+                ring.arrive(grad_kv, *before)
+        _, share_q, share_kv = shares(group.rank, kv)
+        ring.arrive(grad_kv, *coming)
         grad_q = ring.finish(grad_q, share_q, q.dtype)
         return grad_q, ring.finish(grad_kv, share_kv, kv.dtype), None
-
-
-class Ring:
-    """A group, and what is done to each block that arrives: one pass over memory if compiled."""
-
-    def __init__(self, group, backend):
-        self.group, self.merge, self.add, self.finish = group, merge, add, finish
-        # The ranks whose blocks come by: our own, that of the previous rank, and so on.
-        self.order = [(group.rank - step) % group.size for step in range(group.size)]
-        if backend is not None:
-            self.merge = torch.compile(merge, backend=backend, dynamic=False)
-            self.add = torch.compile(add, backend=backend, dynamic=False)
-            self.finish = torch.compile(finish, backend=backend, dynamic=False)
-
-    def arrive(self, total, columns, share, handles, sent):  # sent: only kept alive until here
-        """Wait for what `send_home` returned, and add it to the gradients of all our keys."""
-        for handle in handles:
-            handle.wait()
-        self.add(total[:, :, columns], share)
 
 
 def apply_context_parallel(model, group, backend=None):

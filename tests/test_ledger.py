@@ -20,7 +20,7 @@ CASES = {
     5: [
         "--cp_size 2",
         "--cp_size 4 --dtype float64",
-        "--cp_size 2 --activation_checkpointing --dtype bfloat16",
+        "--cp_size 4 --activation_checkpointing --dtype bfloat16",
         "--cp_size 2 --tp_size 2 --sequence_parallel",
         "--cp_size 2 --compile aot_eager",
     ],
