@@ -78,7 +78,7 @@ def nine_steps():
         x = index * 5 + 0.3
         box(axes, x, 0.3, 4.4, 12.4, colour="#f7f7f7")
         axes.text(x + 2.2, 11.6, name, ha="center", fontsize=8.5, weight="bold")
-        axes.text(x + 2.2, 10.5, idea, ha="center", fontsize=6.5, style="italic")
+        axes.text(x + 2.2, 10.5, idea, ha="center", fontsize=6, style="italic")
         cells(axes, x + 0.9, 5.9, 2.6, 3.7, model)
         cells(axes, x + 0.9, 1.4, 2.6, 2.9, data)
         axes.text(x + 0.6, 7.75, "layers", rotation=90, va="center", ha="center", fontsize=6)
