@@ -80,22 +80,22 @@ def add(total, share):
 
 
 def finish(total, share, dtype):
-    """Add the last share to a gradient, and give it the digits it should have."""
+    """Add the last share to a gradient, and round the sum to the dtype it should have."""
     return (total + share).to(dtype)
 
 
 class Ring:
-    """A group, and what is done to each block that arrives: one pass over memory if compiled."""
+    """The order in which blocks come by, and what is done to each of them."""
 
     def __init__(self, group, backend):
-        self.group, self.merge, self.add, self.finish = group, merge, add, finish
+        self.group = group
         # The ranks whose blocks come by: our own, that of the previous rank, and so on.
         self.order = [(group.rank - step) % group.size for step in range(group.size)]
         self.back = self.order[:0:-1]  # the others, the last one first
-        if backend is not None:
-            self.merge = torch.compile(merge, backend=backend, dynamic=False)
-            self.add = torch.compile(add, backend=backend, dynamic=False)
-            self.finish = torch.compile(finish, backend=backend, dynamic=False)
+        functions = merge, add, finish
+        if backend is not None:  # each is one pass over memory then
+            functions = [torch.compile(f, backend=backend, dynamic=False) for f in functions]
+        self.merge, self.add, self.finish = functions
 
     def send_home(self, share, source, chunk):
         """Send a share of the gradients of keys and values to `source`, whose block they are.

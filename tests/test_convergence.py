@@ -64,6 +64,8 @@ def test_runs_are_kept_over_calls(tmp_path, monkeypatch):
     monkeypatch.setattr("launch.machine", lambda: "another one, today")
     with pytest.raises(SystemExit, match="--save .*machines"):
         convergence.Runs(tmp_path / "runs.json", flags="--steps 2")
+    with pytest.raises(SystemExit, match="--save .*name a file to write"):
+        convergence.Runs(tmp_path / "missing" / "runs.json", flags="--steps 2")
 
 
 @pytest.mark.parametrize(
