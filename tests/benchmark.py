@@ -34,16 +34,14 @@ RUNS = [f"{BASE} --micro_batch_size 12", f"{PLAIN} --micro_batch_size 12"]
 
 
 def gpu_runs(count):
-    """Layouts for so many GPUs, each with its best micro-batch.
-
-    32,768 tokens a GPU and step, but half of that for LlamaForCausalLM, which has no memory for it.
-    """
-    runs = [f"{BASE} --micro_batch_size 16", f"{PLAIN} --micro_batch_size 8"]
+    """Layouts for so many GPUs, 32,768 tokens a GPU and step, each with its best micro-batch."""
+    twice = "--gradient_accumulation_steps 2"  # LlamaForCausalLM has no memory for 16 at once
+    runs = [f"{BASE} --micro_batch_size 16", f"{PLAIN} {twice} --micro_batch_size 8"]
     if count == 1:
         return runs
     data = f"--dp_size {count} --micro_batch_size"
     runs += [f"{LAST} {data} 16 --dp_engine {engine}" for engine in ("bucket", "zero1", "zero3")]
-    runs += [f"{PLAIN} {data} 8", f"{PLAIN} {data} 8 --dp_engine zero3"]
+    runs += [f"{PLAIN} {twice} {data} 8{engine}" for engine in ("", " --dp_engine zero3")]
     ranks = min(count, 4)  # of the other axis; dp has the rest
     rest = f"--dp_size {count // ranks} " if count > ranks else ""
     tokens = 32_768 * ranks
@@ -74,6 +72,7 @@ def plain_loop(argv):
     ranks, sharded = flag(argv, "dp_size", 1), "zero3" in argv
     argv = argv.replace(f"--dp_size {ranks}", "").replace("--dp_engine zero3", "")
     args = train.parse_args(argv.split())
+    micro_batches = args.gradient_accumulation_steps
     device = torch.device(args.device)
     if ranks > 1:
         torch.distributed.init_process_group()
@@ -104,15 +103,20 @@ def plain_loop(argv):
     metrics, shape = [], (args.micro_batch_size, args.seq_len)
     for step in range(args.total_steps // ranks):
         begun = time.perf_counter()
-        tokens = torch.randint(args.config.vocab_size, shape, device=device)
-        with cast:
-            loss = run(input_ids=tokens, labels=tokens).loss
-        loss.backward()
+        for left in reversed(range(micro_batches)):
+            if sharded:
+                model.set_requires_gradient_sync(left == 0)
+            elif ranks > 1:
+                run.require_backward_grad_sync = left == 0
+            tokens = torch.randint(args.config.vocab_size, shape, device=device)
+            with cast:
+                loss = run(input_ids=tokens, labels=tokens).loss
+            (loss / micro_batches).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
-        speed = tokens.numel() / (time.perf_counter() - begun)
+        speed = micro_batches * tokens.numel() / (time.perf_counter() - begun)
         metrics.append(
             {
                 "step": step + 1,
