@@ -33,9 +33,7 @@ class Zero1(Bucketed):
 
     def lay_out(self, bucket):
         """Put weights into a vector; what this rank updates is a shard of it, with a gradient."""
-        bucket.weights = bucket.vector(bucket.parameters)
-        for parameter, view in zip(bucket.parameters, bucket.views(bucket.weights), strict=True):
-            parameter.data = view
+        bucket.hold(bucket.vector(bucket.parameters))
         bucket.shard = bucket.weights[bucket.mine]
         bucket.gradient_shard = torch.zeros_like(bucket.shard)
 
@@ -63,14 +61,18 @@ class Zero1(Bucketed):
             handle.wait()
 
     def gather(self, bucket):
-        out, handle = pg.all_gather(bucket.shard, self.group, out=bucket.weights, async_op=True)
+        shard = bucket.shard.to(bucket.weights.dtype)
+        out, handle = pg.all_gather(shard, self.group, out=bucket.weights, async_op=True)
         return handle
 
     def traffic(self, micro_batches):
-        return self.rows("reduce_scatter", 1) + self.rows("all_gather", 1)
+        return self.reductions(1) + self.gathers(1)
 
-    def rows(self, kind, calls):
-        return [(self.group.axis, kind, calls, bucket.nbytes) for bucket in self.buckets]
+    def reductions(self, calls):
+        return [(self.group.axis, "reduce_scatter", calls, b.nbytes) for b in self.buckets]
+
+    def gathers(self, calls):
+        return [(self.group.axis, "all_gather", calls, b.weights.nbytes) for b in self.buckets]
 
 
 class Zero2(Zero1):
@@ -81,14 +83,15 @@ class Zero2(Zero1):
             self.running.append((bucket, *self.reduce(bucket)))
 
     def traffic(self, micro_batches):
-        return self.rows("reduce_scatter", micro_batches) + self.rows("all_gather", 1)
+        return self.reductions(micro_batches) + self.gathers(1)
 
 
 class Zero3(Zero2):
     """And keeps the weights of only that shard: a layer is whole while it computes.
 
-    A bucket is a layer; the next one is gathered meanwhile. What stands outside of the layers, the
-    embedding, the last norm and the head, is whole from the forward pass to its backward pass.
+    A bucket has the matrices of a layer; those of the next one are gathered meanwhile. They are
+    gathered in the dtype they are cast to where they are used, which changes no number. The rest,
+    the embedding, the head and all norms, is whole from the forward pass to its backward pass.
     """
 
     def __init__(self, model, group):
@@ -97,6 +100,8 @@ class Zero3(Zero2):
         self.layers, self.outside = self.buckets[:count], self.buckets[count:]
         neighbours = zip([None, *self.layers], [*self.layers[1:], None], strict=False)
         for bucket, layer in zip(self.layers, model.model.layers.values(), strict=True):
+            bucket.hold(torch.empty_like(bucket.weights, dtype=model.model.dtype))
+            self.drop(bucket)
             bucket.before, bucket.after = next(neighbours)
             bucket.in_backward = False
             layer.register_forward_pre_hook(functools.partial(self.before_forward, bucket))
@@ -105,9 +110,12 @@ class Zero3(Zero2):
         model.register_forward_hook(self.after_model)
 
     def cut(self, model):
+        norms = [p for p in self.parameters if p.dim() == 1]
         layers = [list(layer.parameters()) for layer in model.model.layers.values()]
+        layers = [[p for p in layer if p.dim() == 2] for layer in layers]
         inside = {parameter for layer in layers for parameter in layer}
-        return layers + [[p] for p in self.parameters if p not in inside]
+        outside = [[p] for p in self.parameters if p.dim() == 2 and p not in inside]
+        return [*layers, norms, *outside]
 
     def lay_out(self, bucket):
         super().lay_out(bucket)
@@ -119,7 +127,7 @@ class Zero3(Zero2):
         """Have the weights of some buckets here, and those of another one on their way."""
         for bucket in (*buckets, ahead):
             if bucket is not None and bucket.gathering is None:
-                bucket.weights.untyped_storage().resize_(bucket.nbytes)
+                bucket.weights.untyped_storage().resize_(bucket.weights.nbytes)
                 bucket.gathering = self.gather(bucket)
         for bucket in buckets:
             bucket.gathering.wait()
@@ -165,9 +173,8 @@ class Zero3(Zero2):
 
     def traffic(self, micro_batches):
         # Forward and backward; once for the last layer and what is outside, which stay in between.
-        gathers = self.rows("all_gather", micro_batches)
-        again = gathers[: len(self.layers) - 1]
-        return self.rows("reduce_scatter", micro_batches) + gathers + again
+        gathers = self.gathers(micro_batches)
+        return self.reductions(micro_batches) + gathers + gathers[: len(self.layers) - 1]
 
 
 ENGINES = {"naive": Naive, "bucket": Bucketed, "zero1": Zero1, "zero2": Zero2, "zero3": Zero3}

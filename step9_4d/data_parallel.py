@@ -57,14 +57,22 @@ class Bucket:
         self.ranges = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
         self.share = -(-ends[-1] // group.size)  # elements a rank, rounded up
         self.mine = slice(group.rank * self.share, (group.rank + 1) * self.share)
-        self.nbytes = self.share * group.size * parameters[0].itemsize
+        self.dtype = parameters[0].dtype
+        self.nbytes = self.share * group.size * self.dtype.itemsize
         self.missing = len(parameters)  # gradients of the current backward pass
 
     @torch.no_grad()
     def vector(self, tensors):
         """Tensors shaped like the parameters, one after the other: a new vector [share * ranks]."""
-        padding = tensors[0].new_zeros(self.share * self.group.size - self.ranges[-1].stop)
+        missing = self.share * self.group.size - self.ranges[-1].stop
+        padding = tensors[0].new_zeros(missing, dtype=self.dtype)  # the others are cast to that
         return torch.cat([*(tensor.flatten() for tensor in tensors), padding])
+
+    def hold(self, weights):
+        """Let the parameters be the pieces of a vector [share * ranks] of their weights."""
+        self.weights = weights
+        for parameter, view in zip(self.parameters, self.views(weights), strict=True):
+            parameter.data = view
 
     def gradients(self):
         """Those of the parameters in a vector; a single one that needs no padding is not copied."""

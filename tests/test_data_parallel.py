@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import workers
 from harness import World
+from launch import ranks_of
 from layouts import ENGINES
 
 pytestmark = pytest.mark.steps(6, 6)
@@ -61,6 +62,20 @@ def test_reductions_begin_while_backward_goes_on(step_dir, worlds, engine):
         passes = 1 if engine in ("bucket", "zero1") else 2  # the last micro-batch's, or each one's
         assert missing.count(0) == passes, missing
         assert len(missing) >= 5 * passes
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--tie_word_embeddings yes", "--tp_size 2 --sequence_parallel"]
+)
+def test_zero3_gathers_in_bfloat16_the_numbers_that_a_layer_would_cast(step_dir, train_on, flags):
+    argv = SMALL + "--dtype bfloat16 --gradient_accumulation_steps 2 --dp_size 2 --dp_engine "
+    whole, sharded = (
+        train_on(step_dir, ranks_of(f"{argv} {flags}"), f"{argv} {engine} {flags}", 1)
+        for engine in ("zero2", "zero3")
+    )
+    assert whole.metrics[0]["loss"] == sharded.metrics[0]["loss"]
+    for name, gradient in whole.gradients[0].items():
+        assert np.array_equal(gradient, sharded.gradients[0][name]), name
 
 
 def test_the_next_layer_is_gathered_ahead(step_dir, worlds):

@@ -30,7 +30,7 @@ CASES = {
         "--dp_size 2 --dp_engine zero1 --dtype bfloat16",
         "--dp_size 3 --dp_engine zero2",
         "--dp_size 2 --dp_engine zero3",
-        "--dp_size 2 --dp_engine zero3 --activation_checkpointing",
+        "--dp_size 2 --dp_engine zero3 --activation_checkpointing --dtype bfloat16",
         "--dp_size 2 --dp_engine zero3 --compile aot_eager",
         "--cp_size 2 --dp_engine zero1",
         "--cp_size 2 --dp_size 2 --dp_engine zero3",
@@ -125,25 +125,26 @@ def test_keys_and_values_are_sent_unrepeated(step_dir, worlds, cp):
 
 
 @pytest.mark.steps(6, 6)
-def test_volumes_of_the_engines(step_dir, worlds):
+@pytest.mark.parametrize("dtype, number", [("float32", 4), ("bfloat16", 2)])
+def test_volumes_of_the_engines(step_dir, worlds, dtype, number):
     """In units of the model's bytes: what the lesson says of each engine."""
-    per_layer = 2 * 128 * 128 + 2 * 64 * 128 + 3 * 384 * 128 + 2 * 128
-    layers, outside = 4 * LAYERS * per_layer, 4 * (2 * 257 * 128 + 128)
-    model = layers + outside
-    m = MICRO_BATCHES
+    matrices = LAYERS * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 384 * 128)
+    outside = 2 * 257 * 128 + (2 * LAYERS + 1) * 128
+    model, m = 4 * (matrices + outside), MICRO_BATCHES
     expected = {
         "naive": {"all_reduce": model},
         "bucket": {"all_reduce": model},
         "zero1": {"reduce_scatter": model, "all_gather": model},
         "zero2": {"reduce_scatter": m * model, "all_gather": model},
-        # every layer forward and, but for the last, backward
+        # the matrices of every layer forward and, but for the last, backward
         "zero3": {
             "reduce_scatter": m * model,
-            "all_gather": m * (2 * layers - layers // LAYERS + outside),
+            "all_gather": m * (number * (2 * matrices - matrices // LAYERS) + 4 * outside),
         },
     }
     for engine, volumes in expected.items():
-        ((counted, _), *_) = ledgers(step_dir, worlds, f"--dp_size 2 --dp_engine {engine}")
+        flags = f"--dp_size 2 --dp_engine {engine} --dtype {dtype}"
+        ((counted, _), *_) = ledgers(step_dir, worlds, flags)
         for collective, size in volumes.items():
             found = counted["dp_cp", collective][1]
             extra = 8 if collective == "all_reduce" else 0  # the loss
