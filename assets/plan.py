@@ -62,7 +62,8 @@ class Stage:
         # Weights of a layer, step 1: q, k, v, gate, up; o, down; two norms. And of the tables.
         self.columns = self.h * (self.q + 2 * self.kv + 2 * self.f)
         self.rows = self.h * (self.q + self.f)
-        self.layer = self.columns + self.rows + 2 * self.h
+        self.matrices = self.columns + self.rows
+        self.layer = self.matrices + 2 * self.h
         tables = self.first + (self.last and not (self.first and c.tie_word_embeddings))
         self.outside = tables * self.h * self.vocab + self.last * self.h
         self.weights = self.layers * self.layer + self.outside
@@ -76,8 +77,10 @@ class Stage:
         # Step 4: what comes in and its norm, twice; q, out, k, v; gate, silu, up, their product.
         # Step 5: and the k and v that came last.
         inner = 2 * self.q + (2 + 2 * (a.cp_size > 1)) * self.kv + 4 * self.f
-        # Step 1 casts a weight where it is used, and autograd keeps the copy; not step 4's columns.
-        whole = 2 * t * (4 * self.between + inner) + 2 * (self.rows + alone * self.columns)
+        # Step 1 casts a weight where it is used, and autograd keeps the copy; not step 4's columns,
+        # and not what zero3 has gathered in bfloat16.
+        casts = 2 * (self.rows + alone * self.columns) * (self.zero < 3)
+        whole = 2 * t * (4 * self.between + inner) + casts
         layer = 2 * t * self.between if a.activation_checkpointing else whole
         # The last norm; logits in float32, and a copy of the head where it is whole.
         end = 4 * t * self.between + (alone * 2 * self.h + 4 * t) * self.vocab
@@ -86,11 +89,12 @@ class Stage:
     def memory(self):
         """Bytes by what they are for, at the fullest moment of a step."""
         n, size, (whole, layers, end) = self.replicas, 4 * self.weights, self.kept()
-        # For a while there are (step 6): gradients being sent and what is received of them, two
-        # gathered layers and what is outside; two more float32 tensors like the logits, or a layer
-        # computed anew. And of several micro-batches zero1 has whole gradients, and a shard.
+        # For a while there are (step 6): gradients being sent and what is received of them; two
+        # gathered layers, gradients of one, in float32 too, and what is outside; two more float32
+        # tensors like the logits, or a layer computed anew. And of several micro-batches zero1 has
+        # whole gradients, and a shard.
         sent = min(2**28, size)
-        layers_too = 16 * self.layer + 4 * self.outside
+        layers_too = 10 * self.layer + 4 * self.outside
         passing = {1: sent / n, 2: sent + sent / n, 3: layers_too}.get(self.zero, 0)
         anew = whole if self.args.activation_checkpointing else 0
         return {  # step 6
@@ -116,11 +120,12 @@ class Stage:
         # that sends most, the first.
         hops = (3 + redo) * (a.cp_size - 1) - 1
         cp = [("send", m * self.layers * hops * 2 * 2 * t * self.kv)]
-        # Step 6, in float32; zero3 has the last layer and what is outside until backward.
-        again = 4 * (self.weights - self.layer - self.outside)
+        # Step 6, in float32, but layers' matrices are gathered in bfloat16; zero3 has the last
+        # layer's and what is outside until backward.
+        halves, rest = self.layers * self.matrices, self.weights - self.layers * self.matrices
         scattered, gathered = (
             (size, m * size)[self.zero > 1],
-            (size, m * (size + again))[self.zero > 2],
+            (size, m * (2 * (2 * halves - self.matrices) + 4 * rest))[self.zero > 2],
         )
         dp = [("reduce_scatter", scattered), ("all_gather", gathered)]
         dp = dp if self.zero else [("all_reduce", size)]
