@@ -64,9 +64,8 @@ class Bucket:
     @torch.no_grad()
     def vector(self, tensors):
         """Tensors shaped like the parameters, one after the other: a new vector [share * ranks]."""
-        missing = self.share * self.group.size - self.ranges[-1].stop
-        padding = tensors[0].new_zeros(missing, dtype=self.dtype)  # the others are cast to that
-        return torch.cat([*(tensor.flatten() for tensor in tensors), padding])
+        padding = tensors[0].new_zeros(self.share * self.group.size - self.ranges[-1].stop)
+        return torch.cat([*(tensor.flatten() for tensor in tensors), padding]).to(self.dtype)
 
     def hold(self, weights):
         """Let the parameters be the pieces of a vector [share * ranks] of their weights."""
