@@ -12,7 +12,7 @@ import convergence
 import kernel_times
 import kernels
 import pytest
-from launch import flag, ranks_of, sequences_of
+from launch import flag, launch, ranks_of, sequences_of
 
 TESTS = Path(__file__).parent
 
@@ -190,3 +190,14 @@ def test_throughput_beside_transformers():
     ours, plain = rows(command("benchmark.py"))
     assert float(plain[6]) <= 1.1  # of our speed
     print(ours, plain)
+
+
+@pytest.mark.slow
+def test_a_ring_takes_longer_than_its_blocks():
+    flags = "--batch 1 --seq_len 1024 --heads 4 --kv_heads 4"
+    result = launch(TESTS, flags, 2, script="ring_times.py")
+    assert result.code == 0, result.errors
+    whole, blocks = rows(result.out)
+    assert [*whole[::3], *blocks[::3]] == ["as it is", "0e+00", "blocks alone", ""]
+    assert float(blocks[2]) < float(whole[2])
+    assert "one message: 0 MB" in result.out
