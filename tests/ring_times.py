@@ -115,7 +115,7 @@ def main():
         off = max((x - y).norm() / y.norm() for x, y in zip(found, exact, strict=True))
         times = (milliseconds(f, group, device, options.calls) for f in (forward, both))
         came = name != "blocks alone"  # or there are no numbers to compare
-        rows.append([name, *(f"{ms:.2f}" for ms in times), f"{off:.0e}" if came else ""])
+        rows.append([name, *(f"{ms:.2f}" for ms in times), f"{off:.0e}" if came else "-"])
     pg.exchange, arriving = exchange, torch.empty_like(block)
 
     def message():
