@@ -200,4 +200,4 @@ def test_a_ring_takes_longer_than_its_blocks():
     whole, blocks = rows(result.out)
     assert [*whole[::3], *blocks[::3]] == ["as it is", "0e+00", "blocks alone", "-"]
     assert float(blocks[2]) < float(whole[2])
-    assert "one message: 0 MB" in result.out
+    assert "one message: 1 MB" in result.out
