@@ -3,7 +3,9 @@
     python tests/readme.py README.md step3_dataloader/README.md
 
 A block is run when the line before it is `<!-- runnable -->`: by bash, in the README's folder, and
-it must exit with 0. Needs nothing but Python, as the first blocks install the rest.
+it must exit with 0. Where the README shows after it what it printed, rows of the ledger must be
+printed again as they stand there, and losses and gradient norms to a thousandth.
+Needs nothing but Python, as the first blocks install the rest.
 """
 
 import re
@@ -12,24 +14,47 @@ import sys
 import time
 from pathlib import Path
 
-BLOCK = re.compile(r"<!-- runnable -->\n```bash\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(
+    r"^<!-- runnable -->\n```bash\n(.*?)^```$(?:\n\n```\n(.*?)^```$)?", re.DOTALL | re.MULTILINE
+)
+LEDGER = re.compile(r"^(\w+ +(?:all_|reduce_|broadcast|send).*)", re.MULTILINE)
+STEP = re.compile(r"^step +(\d+) \| loss +(\S+) \| grad norm +(\S+) ", re.MULTILINE)
 
 
 def blocks(path):
-    """The runnable blocks of a README, in order."""
+    """The runnable blocks of a README, in order: (commands, what they printed or nothing)."""
     return BLOCK.findall(Path(path).read_text())
+
+
+def unlike(shown, printed):
+    """Lines about what a README shows and a run did not print."""
+    rows = {" ".join(row.split()) for row in LEDGER.findall(printed)}
+    steps = {step: tuple(map(float, rest)) for step, *rest in STEP.findall(printed)}
+    for row in LEDGER.findall(shown):
+        if " ".join(row.split()) not in rows:
+            yield f"not printed: {row}"
+    for step, *rest in STEP.findall(shown):
+        pairs = zip(map(float, rest), steps.get(step, (0, 0)), strict=True)
+        if not all(abs(one - other) <= 1e-3 * one for one, other in pairs):  # NaN is unlike
+            yield f"step {step}: {steps.get(step)}, not {rest}"
 
 
 def run(path):
     """Run the blocks of a README, output and all; the number of those that failed."""
     failed = 0
-    for block in blocks(path):
+    for block, shown in blocks(path):
         print(f"--- {path}\n{block}---", flush=True)
-        begun = time.monotonic()
+        begun, printed = time.monotonic(), []
+        command = ["bash", "-euo", "pipefail", "-c", block]
         folder = Path(path).absolute().parent
-        done = subprocess.run(["bash", "-euo", "pipefail", "-c", block], cwd=folder)
-        failed += done.returncode != 0
-        state = "ok" if done.returncode == 0 else f"FAILED with code {done.returncode}"
+        with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                printed.append(line)
+                print(line, end="", flush=True)
+        wrong = [f"exit code {process.returncode}"] * (process.returncode != 0)
+        wrong += unlike(shown, "".join(printed))
+        failed += bool(wrong)
+        state = f"FAILED: {'; '.join(wrong)}" if wrong else "ok"
         print(f"--- {state} after {time.monotonic() - begun:.0f} s\n", flush=True)
     return failed
 

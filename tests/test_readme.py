@@ -56,6 +56,32 @@ def test_a_block_that_fails_is_noticed(tmp_path, command, code):
     assert "1 runnable blocks" in done.stdout
 
 
+LEDGER = "tp       all_gather             1         8,192                  1         8,192"
+STEP = "step     1 | loss  5.5919 | grad norm   8.0324 | lr 1.50e-05 |       950 tokens/s"
+
+
+@pytest.mark.parametrize(
+    "shown, printed, words",
+    [
+        (f"{LEDGER}\n{STEP}", f"{LEDGER}\nmore\n{STEP.replace('950', '1,204')}", None),
+        (STEP, STEP.replace("5.5919", "5.5920"), None),
+        (LEDGER, LEDGER.replace("8,192", "8,196"), "not printed: tp"),
+        (LEDGER, STEP, "not printed: tp"),
+        (STEP, STEP.replace("8.0324", "8.0524"), "step 1: "),
+        (STEP, LEDGER, "step 1: "),
+        (STEP, STEP.replace("5.5919", "nan"), "step 1: "),
+    ],
+)
+def test_what_a_readme_shows_is_what_is_printed(tmp_path, shown, printed, words):
+    page = tmp_path / "README.md"
+    block = f"<!-- runnable -->\n```bash\ncat <<END\n{printed}\nEND\n```\n"
+    page.write_text(f"{block}\n```\n{shown}\n```\n{block}\nThis is shown:\n```\n{shown}\n```\n")
+    found = [list(readme.unlike(shown, printed)) for _, shown in readme.blocks(page)]
+    assert len(found) == 2 and not found[1]
+    assert bool(words) == bool(found[0]) == (readme.run(page) == 1)
+    assert words is None or found[0][0].startswith(words)
+
+
 def test_the_checks_that_the_table_of_mistakes_names_are_there():
     text = (ROOT / "tests" / "README.md").read_text()
     code = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
