@@ -90,8 +90,9 @@ class Zero3(Zero2):
     """And keeps the weights of only that shard: a layer is whole while it computes.
 
     A bucket has the matrices of a layer; those of the next one are gathered meanwhile. They are
-    gathered in the dtype they are cast to where they are used, which changes no number. The rest,
-    the embedding, the head and all norms, is whole from the forward pass to its backward pass.
+    gathered in the dtype they are cast to where they are used, once in a pass, which changes no
+    number. The rest, the embedding, the head and all norms, is whole from the forward pass to its
+    backward pass.
     """
 
     def __init__(self, model, group):
@@ -109,11 +110,11 @@ class Zero3(Zero2):
         model.register_forward_pre_hook(self.before_model)
 
     def cut(self, model):
-        norms = [p for p in self.parameters if p.dim() == 1]
+        norms = [p for p in self.parameters if p.dim() < 2]
         layers = [list(layer.parameters()) for layer in model.model.layers.values()]
-        layers = [[p for p in layer if p.dim() == 2] for layer in layers]
+        layers = [[p for p in layer if p.dim() > 1] for layer in layers]
         inside = {parameter for layer in layers for parameter in layer}
-        outside = [[p] for p in self.parameters if p.dim() == 2 and p not in inside]
+        outside = [[p] for p in self.parameters if p.dim() > 1 and p not in inside]
         return [*layers, norms, *outside]
 
     def lay_out(self, bucket):

@@ -63,7 +63,10 @@ class Bucket:
 
     @torch.no_grad()
     def vector(self, tensors):
-        """Tensors shaped like the parameters, one after the other: a new vector [share * ranks]."""
+        """Tensors shaped like the parameters, one after the other: a new vector [share * ranks].
+
+        Its dtype is that of the weights as they were made.
+        """
         padding = tensors[0].new_zeros(self.share * self.group.size - self.ranges[-1].stop)
         return torch.cat([*(tensor.flatten() for tensor in tensors), padding]).to(self.dtype)
 
