@@ -101,6 +101,7 @@ class Zero3(Zero2):
         self.layers, self.outside = self.buckets[:count], self.buckets[count:]
         neighbours = zip([None, *self.layers], [*self.layers[1:], None], strict=False)
         for bucket, layer in zip(self.layers, model.model.layers.values(), strict=True):
+            # What a layer would cast is cast before it travels; the shard stays as it is.
             bucket.hold(torch.empty_like(bucket.weights, dtype=model.model.dtype))
             self.drop(bucket)
             bucket.before, bucket.after = next(neighbours)

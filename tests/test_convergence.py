@@ -194,10 +194,10 @@ def test_throughput_beside_transformers():
 
 @pytest.mark.slow
 def test_a_ring_takes_longer_than_its_blocks():
-    flags = "--batch 1 --seq_len 1024 --heads 4 --kv_heads 4"
-    result = launch(TESTS, flags, 2, script="ring_times.py")
+    flags = "--batch 1 --seq_len 256 --heads 4 --kv_heads 2"  # messages are most of it
+    result = launch(TESTS, flags, 4, script="ring_times.py")
     assert result.code == 0, result.errors
     whole, blocks = rows(result.out)
-    assert [*whole[::3], *blocks[::3]] == ["as it is", "0e+00", "blocks alone", "-"]
-    assert float(blocks[2]) < float(whole[2])
-    assert "one message: 1 MB" in result.out
+    assert [whole[0], blocks[0]] == ["as it is", "blocks alone"]
+    assert 1.5 * float(blocks[1]) < float(whole[1])
+    assert "one message: 0 MB" in result.out
