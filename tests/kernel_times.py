@@ -7,11 +7,17 @@
 Trains as the step's `train.py` does with these flags, then one step more under PyTorch's profiler,
 and prints a table: of every rank the milliseconds of that step, and the most memory that PyTorch
 reserved. Flags after a `--` are of one run, which may have none; those before the first `--` of
-all. `--top 20` before the step's name adds the kernels that took longest on the first rank.
+all. Before the step's name, `--top 20` adds the kernels that took longest on the first rank.
+
+    python tests/kernel_times.py --rank 1 step9_4d --pp_size 4 --gradient_accumulation_steps 16
+
+With `--rank` there is only this rank of the layout, on one GPU, and messages take no time: what is
+left is what the rank computes, and the memory that it needs.
 """
 
 import argparse
 import collections
+import contextlib
 import gc
 import json
 import statistics
@@ -21,7 +27,8 @@ import time
 from pathlib import Path
 
 import torch
-from launch import machine, table
+from launch import machine, ranks_of, table
+from one_rank import one_rank
 
 ROOT = Path(__file__).parents[1]
 # The first kind whose words are in a kernel's name.
@@ -78,8 +85,11 @@ def times(kernels):
     return {"in all": span / 1e3} | {name: number / 1e3 for name, number in found.items()}
 
 
-def measured(state, train):
-    """Train; (median seconds of a step, figures of all ranks, this rank's kernels)."""
+def measured(state, train, rank=None):
+    """Train; (median seconds of a step, {rank: its figures}, this rank's kernels).
+
+    rank: the only one that is there, or None.
+    """
     seconds = []
     for _ in range(state.args.total_steps):
         begun = time.perf_counter()
@@ -88,8 +98,10 @@ def measured(state, train):
     kernels = profiled(lambda: train.train_step(state))
     own = times(kernels) | {"GiB reserved": torch.cuda.max_memory_reserved() / 2**30}
     ranks = [None] * state.mesh.world.size
-    torch.distributed.all_gather_object(ranks, own)
-    return statistics.median(seconds[len(seconds) // 3 :]), ranks, kernels  # the first ones compile
+    if rank is None:
+        torch.distributed.all_gather_object(ranks, own)
+    found = dict(enumerate(ranks)) if rank is None else {rank: own}
+    return statistics.median(seconds[len(seconds) // 3 :]), found, kernels  # the first ones compile
 
 
 def free(state):
@@ -128,6 +140,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--top", type=int, default=0, help="so many kernels that took longest")
+    parser.add_argument("--rank", type=int, help="only this one of the layout, on one GPU")
     parser.add_argument("step", help="directory of a step, from the second on")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="of its train.py")
     common, *runs = split(sys.argv[1:])
@@ -140,23 +153,28 @@ def main():
 
     rows, more = [], []
     for run in runs or [[]]:
-        state = train.setup(train.parse_args(options.flags + run))
-        seconds, ranks, kernels = measured(state, train)
-        speed = state.args.tokens_per_step / seconds / len(ranks)
-        for rank, found in enumerate(ranks):
-            cells = [f"`{' '.join(run)}`", f"{speed:,.0f}", f"{seconds * 1e3:.1f}", rank]
-            rows.append([*cells, *(f"{number:.1f}" for number in found.values())])
-        more += [" ".join(run), *longest(kernels, options.top)] if options.top else []
-        first = state.mesh.world.is_first
-        # The next run finds the processes in touch, and the memory free.
-        pg.init_processes = lambda device_type, device=state.device: device
-        free(state)
-        del state
-    if first:
+        flags = options.flags + run
+        with contextlib.ExitStack() as stack:
+            if options.rank is not None:
+                stack.enter_context(one_rank(options.rank, ranks_of(" ".join(flags))))
+            state = train.setup(train.parse_args(flags))
+            seconds, ranks, kernels = measured(state, train, options.rank)
+            speed = state.args.tokens_per_step / seconds / state.mesh.world.size
+            for rank, found in ranks.items():
+                cells = [f"`{' '.join(run)}`", f"{speed:,.0f}", f"{seconds * 1e3:.1f}", rank]
+                rows.append([*cells, *(f"{number:.1f}" for number in found.values())])
+            more += [" ".join(run), *longest(kernels, options.top)] if options.top else []
+            reports = state.mesh.rank in (0, options.rank)
+            # The next run finds the processes in touch, and the memory free.
+            pg.init_processes = lambda device_type, device=state.device: device
+            free(state)
+            del state
+    if reports:
         print(f"{machine()}\n{options.step} {' '.join(options.flags)}\n")
         print(table(["run", "tokens/s and GPU", "ms a step", "rank", *found], rows))
         print("\n".join(more))
-    pg.finish()
+    if options.rank is None:
+        pg.finish()
 
 
 if __name__ == "__main__":

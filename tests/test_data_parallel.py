@@ -137,6 +137,36 @@ def test_kernel_times_of_several_runs(step_dir):
     assert said.count("20.00 ms      1 x  gemm") == 2
 
 
+@pytest.mark.steps(9)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "--tp_size 2 --dp_size 2 --dp_engine zero1 --sequence_parallel",
+        "--cp_size 3 --dp_engine zero3 --compile aot_eager",
+        "--pp_size 3 --dp_engine zero2",
+        "--pp_size 2 --pp_engine interleaved",
+    ],
+)
+def test_a_rank_alone_holds_what_it_holds_among_others(step_dir, worlds, layout):
+    argv = f"{SMALL} --gradient_accumulation_steps 4 {layout}"
+    argv += " --seq_len 24" if "cp" in layout else ""
+    among = worlds(step_dir, ranks_of(layout)).run(workers.owned_bytes, argv)
+    for rank, held in enumerate(among):
+        (alone,) = worlds(step_dir, 1).run(workers.owned_bytes_alone, argv, rank, len(among))
+        assert alone == held
+
+
+def test_kernel_times_of_one_rank(step_dir):
+    argv = f"--rank 2 {step_dir} {SMALL} --device cpu --max_tokens 400 -- --dp_size 4 -- "
+    argv += "--dp_size 3"
+    kernels = [{"name": "gemm", "ts": 0, "dur": 2e4}]
+    with World(step_dir, 1) as world:
+        (said,) = world.run(workers.printed_kernel_times, argv, kernels)
+    rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| `")]
+    assert [row[0] for row in rows] == ["| `--dp_size 4`", "| `--dp_size 3`"]
+    assert [row[3] for row in rows] == ["2", "2"]
+
+
 def test_wrong_calls_of_data_parallelism(step_dir, worlds):
     world = worlds(step_dir, 1)
     (said,) = world.run(workers.refusal, "--dp_engine zero4", 1)

@@ -978,6 +978,14 @@ def owned_bytes(argv, bucket_bytes=25 * 2**20):
     }
 
 
+def owned_bytes_alone(argv, rank, size):
+    """`owned_bytes` of a rank whose other ranks are not there."""
+    from one_rank import one_rank
+
+    with one_rank(rank, size):
+        return owned_bytes(argv)
+
+
 def allocated_bytes(argv):
     """Of this rank's GPU: (allocated after a step, most during it, weights of the model)."""
     import kernel_times
