@@ -89,21 +89,23 @@ class Zero2(Zero1):
 class Zero3(Zero2):
     """And keeps the weights of only that shard: a layer is whole while it computes.
 
-    A bucket has the matrices of a layer; those of the next one are gathered meanwhile. They are
-    gathered in the dtype they are cast to where they are used, once in a pass, which changes no
-    number. The rest, the embedding, the head and all norms, is whole from the forward pass to its
-    backward pass.
+    A bucket has the matrices of a layer; those of the next one are gathered meanwhile. They and the
+    head are gathered in the dtype they are cast to where they are used, once in a pass, which
+    changes no number. What is outside of layers, and all norms, is whole from the forward pass to
+    its backward pass.
     """
 
     def __init__(self, model, group):
         super().__init__(model, group)
         count = len(model.model.layers)
         self.layers, self.outside = self.buckets[:count], self.buckets[count:]
-        neighbours = zip([None, *self.layers], [*self.layers[1:], None], strict=False)
-        for bucket, layer in zip(self.layers, model.model.layers.values(), strict=True):
-            # What a layer would cast is cast before it travels; the shard stays as it is.
+        head = [b for b in self.outside if b.parameters[0].global_name == "lm_head.weight"]
+        for bucket in (*self.layers, *head):  # a head that is tied is the embedding
+            # What would be cast is cast before it travels; the shard stays as it is.
             bucket.hold(torch.empty_like(bucket.weights, dtype=model.model.dtype))
             self.drop(bucket)
+        neighbours = zip([None, *self.layers], [*self.layers[1:], None], strict=False)
+        for bucket, layer in zip(self.layers, model.model.layers.values(), strict=True):
             bucket.before, bucket.after = next(neighbours)
             bucket.in_backward = False
             layer.register_forward_pre_hook(functools.partial(self.before_forward, bucket))

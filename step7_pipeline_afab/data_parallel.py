@@ -79,8 +79,8 @@ class Bucket:
     def gradients(self):
         """Those of the parameters in a vector; a single one that needs no padding is not copied."""
         found = [parameter.grad for parameter in self.parameters]
-        whole = len(found) == 1 and found[0].nbytes == self.nbytes
-        return found[0].flatten() if whole else self.vector(found)
+        whole = len(found) == 1 and found[0].numel() == self.share * self.group.size
+        return found[0].flatten().to(self.dtype) if whole else self.vector(found)
 
     def views(self, vector):
         """The places of a vector in the shapes of the parameters."""
