@@ -66,10 +66,13 @@ class Stage:
         self.layer = self.matrices + 2 * self.h
         tables = self.first + (self.last and not (self.first and c.tie_word_embeddings))
         self.outside = tables * self.h * self.vocab + self.last * self.h
+        tied = c.tie_word_embeddings
+        self.own_head = self.h * self.vocab * (self.last and not tied)  # not the embedding
         self.weights = self.layers * self.layer + self.outside
         self.replicas = args.dp_size * args.cp_size  # step 6
         engine = args.dp_engine if self.replicas > 1 else "naive"
         self.zero = int(engine[-1]) if "zero" in engine else 0
+        self.casts_head = tp == 1 and not (self.zero == 3 and self.own_head)
 
     def kept(self):
         """Bytes that autograd keeps of a micro-batch: of a whole layer, in layers, at the end."""
@@ -83,7 +86,7 @@ class Stage:
         whole = 2 * t * (4 * self.between + inner) + casts
         layer = 2 * t * self.between if a.activation_checkpointing else whole
         # The last norm; logits in float32, and a copy of the head where it is whole.
-        end = 4 * t * self.between + (alone * 2 * self.h + 4 * t) * self.vocab
+        end = 4 * t * self.between + (self.casts_head * 2 * self.h + 4 * t) * self.vocab
         return whole, self.layers * layer, self.last * end
 
     def memory(self):
@@ -94,7 +97,7 @@ class Stage:
         # tensors like the logits, or a layer computed anew. And of several micro-batches zero1 has
         # whole gradients, and a shard.
         sent = min(2**28, size)
-        layers_too = 10 * self.layer + 4 * self.outside
+        layers_too = 10 * self.layer + 4 * self.outside - 2 * self.own_head
         passing = {1: sent / n, 2: sent + sent / n, 3: layers_too}.get(self.zero, 0)
         anew = whole if self.args.activation_checkpointing else 0
         return {  # step 6
@@ -120,12 +123,13 @@ class Stage:
         # that sends most, the first.
         hops = (3 + redo) * (a.cp_size - 1) - 1
         cp = [("send", m * self.layers * hops * 2 * 2 * t * self.kv)]
-        # Step 6, in float32, but layers' matrices are gathered in bfloat16; zero3 has the last
-        # layer's and what is outside until backward.
-        halves, rest = self.layers * self.matrices, self.weights - self.layers * self.matrices
+        # Step 6, in float32, but zero3 gathers matrices in bfloat16, all but the embedding; and it
+        # has the last layer's and what is outside until backward.
+        halves = (2 * self.layers - 1) * self.matrices + self.own_head
+        rest = self.weights - self.layers * self.matrices - self.own_head
         scattered, gathered = (
             (size, m * size)[self.zero > 1],
-            (size, m * (2 * (2 * halves - self.matrices) + 4 * rest))[self.zero > 2],
+            (size, m * (2 * halves + 4 * rest))[self.zero > 2],
         )
         dp = [("reduce_scatter", scattered), ("all_gather", gathered)]
         dp = dp if self.zero else [("all_reduce", size)]

@@ -12,6 +12,7 @@ import collections
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 
 import process_group as pg
 from errors import UserError, check_writable
@@ -104,7 +105,9 @@ class Stage:
         self.shape = args.micro_batch_size, args.seq_len // parts, args.config.hidden_size
         self.micro_batches = args.gradient_accumulation_steps
         self.timeline = Timeline(args.timeline, device)
-        self.alive = collections.deque()  # (input, output) of what has not gone backward yet
+        # What has not gone backward yet: the input, and where the output's gradient goes. The output
+        # itself is sent, and its memory is free then.
+        self.alive = collections.deque()
         self.sending = []  # handles, with the tensors that they send
 
     def run(self, micro_batches, targets_in_all, backward):
@@ -149,7 +152,7 @@ class Stage:
             if self.after is None:
                 out = out / self.targets_in_all
                 self.total += out.detach()
-        self.alive.append((x, out))
+        self.alive.append((x, get_gradient_edge(out)))
         return out.detach()
 
     def backward(self, grad):
@@ -157,11 +160,11 @@ class Stage:
 
         Gradients of weights are thus added in the order of a run without a pipeline.
         """
-        x, out = self.alive.popleft()
+        x, edge = self.alive.popleft()
         self.went_backward += 1
         self.engine.last_backward = self.went_backward == self.micro_batches
         with self.timeline.span("backward"):
-            out.backward(grad)
+            torch.autograd.backward(edge, grad)
         return x.grad
 
     def talk(self, peer, send=None, receive=False):

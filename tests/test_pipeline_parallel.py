@@ -75,6 +75,13 @@ def test_schedules_and_what_they_keep_alive(step_dir, worlds, stages, count, sub
                     assert together == ways
 
 
+@pytest.mark.sampled(7, only=True)
+def test_an_output_that_was_sent_is_let_go(step_dir, worlds):
+    """However many micro-batches are alive, backward needs no more than the way to it."""
+    argv = SMALL + "--pp_size 2 --gradient_accumulation_steps 4"
+    assert worlds(step_dir, 2).run(workers.outputs_alive, argv) == [0, 0]
+
+
 @pytest.mark.sampled(8, only=True)
 @pytest.mark.parametrize(
     "stages, count",

@@ -21,6 +21,7 @@ LAYOUTS = [
     "--activation_checkpointing",
     "--tp_size 2 --pp_size 2 --sequence_parallel",
     "--cp_size 4 --dp_engine zero1",
+    "--dp_size 2 --dp_engine zero3",
     "--tp_size 2 --cp_size 2 --activation_checkpointing",
     "--tp_size 2 --dp_size 2 --dp_engine zero2 --sequence_parallel --activation_checkpointing",
     "--cp_size 2 --pp_size 2 --tie_word_embeddings yes",

@@ -1104,6 +1104,25 @@ def schedule_of(argv):
     return events, alive[0], together[0]
 
 
+def outputs_alive(argv):
+    """The most outputs of the stage that were in memory when it computed the next one."""
+    import weakref
+
+    import train
+
+    state, made, most = build(argv), [], [0]
+
+    def forward(*inputs, original=state.model.forward):
+        most[0] = max(most[0], sum(output() is not None for output in made))
+        out = original(*inputs)
+        made.append(weakref.ref(out))
+        return out
+
+    with patch.object(state.model, "forward", forward):
+        train.forward_backward(state)
+    return most[0]
+
+
 class Sleep(torch.autograd.Function):
     """Sleeps forward, and twice as long backward."""
 
