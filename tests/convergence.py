@@ -11,7 +11,8 @@ trains on the same global batch, and is compared with the first step's worth of 
 data, `step3_dataloader` in one process. Prints a table; exits with 1 outside the bounds.
 
 With --tinyllama the model has TinyLlama's shape and a step 32 sequences of 1,024 tokens, on layouts
-for the GPUs that are here. In bfloat16 there is no bound: the table says how far rounding goes.
+for the GPUs that are here, or with --share_gpus for more than there are: ranks share them, which
+changes only the speed. In bfloat16 there is no bound: the table says how far rounding goes.
 
 With --all-layouts the last step is trained for two updates in float64 on every layout that
 `layouts.everything` lists, and its losses, norms, gradients and weights are compared with those of
@@ -33,7 +34,8 @@ from launch import Saved, flag, launch, machine, ranks_of, sequences_of, table
 from layouts import AXES, everything, flags_of
 from tqdm import tqdm
 
-ROOT = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 BASELINE = "step3_dataloader"
 # dtype: steps, learning rate, bounds of |difference of loss| and of |relative difference of
 # gradient norm|; in float64 the loss's bound is relative too. In float32 the learning rate is one
@@ -99,11 +101,13 @@ def gpu_runs(count):
     return [f"step9_4d {layout}" for layout in layouts]
 
 
-def train(run, common, plant=None, step_dir=None):
-    """Launch one RUN; its list of metrics. Exits with the program's own words if it fails."""
+def train(run, common, through=()):
+    """Launch one RUN, `through` a script; its list of metrics.
+
+    Exits with the program's own words if it fails.
+    """
     step, _, flags = run.partition(" ")
-    through = (ROOT / "tests" / "breaks.py", plant) if plant else ()
-    result = launch(step_dir or ROOT / step, f"{common} {flags}", ranks_of(flags), through)
+    result = launch(ROOT / step, f"{common} {flags}", ranks_of(flags), through, timeout=3600)
     if result.code:
         words = "\n".join([result.out[-500:], *result.errors])
         sys.exit(f"error: {run} ended with code {result.code}:\n{words}")
@@ -113,11 +117,13 @@ def train(run, common, plant=None, step_dir=None):
 class Runs(Saved):
     """The metrics of runs, launched when first asked for."""
 
-    def metrics(self, run, plant=None):
+    def metrics(self, run, plant=None, share_gpus=False):
         if plant:  # not what it should be, and so not kept
-            return train(run, self.of["flags"], plant)
+            return train(run, self.of["flags"], (TESTS / "breaks.py", plant))
         if run not in self.runs:
-            self.runs[run] = train(run, self.of["flags"])
+            shares = share_gpus and ranks_of(run) > 1
+            through = (TESTS / "shared_gpus.py",) if shares else ()
+            self.runs[run] = train(run, self.of["flags"], through)
             self.keep()
         return self.runs[run]
 
@@ -225,6 +231,9 @@ def main():
     parser.add_argument(
         "--tinyllama", action="store_true", help="1.1 billion parameters, 32 sequences, on GPUs"
     )
+    parser.add_argument(
+        "--share_gpus", type=int, metavar="N", help="as if there were N GPUs: right, and slow"
+    )
     parser.add_argument("--all-layouts", action="store_true", help="of all axes, by gradients")
     parser.add_argument(
         "--save", type=Path, help="metrics go to this .json, and what is in it is not run again"
@@ -237,8 +246,9 @@ def main():
     base = f"{BASELINE} --micro_batch_size {options.sequences}"
     if options.tinyllama:
         count = torch.cuda.device_count()
-        if count < 2:
-            sys.exit("error: --tinyllama needs 2 CUDA devices or more; leave it out")
+        if count < 1 or (options.share_gpus or count) < 2:
+            sys.exit("error: --tinyllama needs 2 CUDA devices, or one and --share_gpus 2")
+        count = options.share_gpus or count
         options.sequences, options.device = 32, "cuda"
         options.flags = f"{TINYLLAMA} {options.flags}"
         base = f"{BASELINE} --gradient_accumulation_steps 2 --micro_batch_size 16"  # memory
@@ -266,7 +276,7 @@ def main():
     reference, curves = runs.metrics(base), {}
     rows, failed = [[*base.split(" ", 1), 1, "", "", f"{speed(reference):,.0f}", "baseline"]], False
     for run in options.runs:
-        curves[run] = runs.metrics(run, options.plant)
+        curves[run] = runs.metrics(run, options.plant, options.share_gpus)
         loss, norm = compare(reference, curves[run], options.dtype)
         good = loss <= loss_bound and norm <= norm_bound
         failed |= not good

@@ -18,6 +18,7 @@ import traceback
 from multiprocessing.connection import wait
 
 import numpy as np
+from shared_gpus import share_gpus
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "numpy"])
@@ -115,6 +116,8 @@ def serve(pipe, step_dir, rank, environment):
     # Daemons end with us, but may not have children, and a data loader does.
     multiprocessing.current_process()._config["daemon"] = False
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    if 0 < torch.cuda.device_count() < int(environment["WORLD_SIZE"]):
+        share_gpus()
     faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     sys.path.insert(0, step_dir)

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.testing._internal.distributed.fake_pg  # noqa: F401  makes "fake"; nothing public does
 
-
 # What other ranks add to each element of a matrix. Without it a token whose embedding is on another
 # rank would be zeros in all layers, and its gradient would overflow.
 FROM_OTHERS = 0.01

@@ -11,13 +11,19 @@ import runpy
 import sys
 from pathlib import Path
 
-import torch
+
+def share_gpus():
+    """Give this rank, before it joins the others, a GPU that it may share with some of them."""
+    import torch
+
+    place = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+    os.environ.update(LOCAL_RANK=str(place), LOCAL_WORLD_SIZE="1")
+    os.environ["NCCL_HOSTID"] = f"rank {os.environ['RANK']}"
+
 
 if __name__ == "__main__":
     script, *argv = sys.argv[1:]
-    place = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
-    os.environ |= {"LOCAL_RANK": str(place), "LOCAL_WORLD_SIZE": "1"}
-    os.environ["NCCL_HOSTID"] = f"rank {os.environ['RANK']}"
+    share_gpus()
     sys.argv[:] = [script, *argv]
     sys.path[0] = str(Path(script).resolve().parent)
     runpy.run_path(script, run_name="__main__")

@@ -48,8 +48,8 @@ def test_other_layouts_converge(tmp_path):
 def test_runs_are_kept_over_calls(tmp_path, monkeypatch):
     launched = []
 
-    def train(run, common, plant=None):
-        launched.append((run, plant))
+    def train(run, common, through=()):
+        launched.append((run, *through[1:]))
         return [{"step": 1, "loss": 2.0}]
 
     monkeypatch.setattr(convergence, "train", train)
@@ -58,7 +58,7 @@ def test_runs_are_kept_over_calls(tmp_path, monkeypatch):
     first.metrics("b", "halve_norm_gradients")
     again = convergence.Runs(tmp_path / "runs.json", flags="--steps 2")
     assert again.metrics("a") == first.metrics("a") and again.metrics("b")
-    assert launched == [("a", None), ("b", "halve_norm_gradients"), ("b", None)]
+    assert launched == [("a",), ("b", "halve_norm_gradients"), ("b",)]
     with pytest.raises(SystemExit, match="--save .*other flags"):
         convergence.Runs(tmp_path / "runs.json", flags="--steps 3")
     monkeypatch.setattr("launch.machine", lambda: "another one, today")

@@ -1,4 +1,7 @@
-"""The same checks where the GPU's own kernels and NCCL do the work: `pytest -m gpu`."""
+"""The same checks where the GPU's own kernels and NCCL do the work: `pytest -m gpu`.
+
+One GPU is enough for all that is about numbers: ranks share it (`shared_gpus.py`).
+"""
 
 import json
 import subprocess
@@ -100,8 +103,6 @@ def test_bfloat16_gradients_stay_near_float32(step_dir, train_on, worlds, flags)
 @pytest.mark.steps(2, 2)
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_collectives_on_nccl(step_dir, worlds, dtype):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs 2 GPUs")
     assert_collectives(worlds(step_dir, 2).run(workers.collectives, dtype, 2, "cuda"), dtype)
 
 
@@ -115,16 +116,12 @@ def test_an_error_in_the_middle_is_one_line(step_dir):
 
 @pytest.mark.steps(2, 3, only=True)
 def test_replicas_on_nccl(step_dir, train_on):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs 2 GPUs")
     reference = train_on(step_dir, 1, TINY + CUDA + random_data(step_dir), 2)
     train_on(step_dir, 2, TINY + CUDA + random_data(step_dir), 2).assert_same_as(reference)
 
 
 @pytest.mark.steps(2, 2)
 def test_a_mesh_on_nccl(step_dir):
-    if torch.cuda.device_count() < 4:
-        pytest.skip("needs 4 GPUs")
     for sizes in ({"tp": 2, "cp": 1, "dp": 2, "pp": 1}, {"tp": 1, "cp": 2, "dp": 1, "pp": 2}):
         assert_mesh(step_dir, sizes, "cuda")
 
@@ -182,18 +179,16 @@ LAYOUTS[9] = [
 ]
 
 
-def on_the_gpus_here(cases):
-    """The layouts that the machine has enough GPUs for; skips where it has one."""
-    found = [flags for flags in cases if ranks_of(flags) <= torch.cuda.device_count()]
-    if not found:
-        pytest.skip("needs 2 GPUs")
-    return found
+def a_gpu_for_each_rank(argv):
+    """Skip where ranks would have to share GPUs, as they do in tests of numbers."""
+    if torch.cuda.device_count() < ranks_of(argv):
+        pytest.skip(f"needs {ranks_of(argv)} GPUs")
 
 
 @pytest.mark.steps(4)
 def test_layouts_on_nccl(step_dir, train_on, subtests):
     """N5 in float64 for each axis and engine, two updates."""
-    for flags in on_the_gpus_here(LAYOUTS[step_number(step_dir)]):
+    for flags in LAYOUTS[step_number(step_dir)]:
         with subtests.test(flags):
             more = "--tie_word_embeddings yes " if "tie" in flags else ""
             more += "--num_hidden_layers 4 " if "pp" in flags else ""
@@ -209,7 +204,7 @@ def test_layouts_on_nccl(step_dir, train_on, subtests):
 def test_bfloat16_layouts_stay_near_float32(step_dir, train_on, worlds, subtests):
     argv = "--num_hidden_layers 4 --seq_len 256 --device cuda --dataset_name random "
     exact = train_on(step_dir, 1, argv + "--dtype float32 --micro_batch_size 8", 1).gradients[0]
-    for flags in on_the_gpus_here(LAYOUTS[step_number(step_dir)]):
+    for flags in LAYOUTS[step_number(step_dir)]:
         if "tie" in flags:
             continue
         with subtests.test(flags):
@@ -237,7 +232,7 @@ WIDE = (
 @pytest.mark.steps(6, 6)
 def test_allocated_bytes_are_those_of_the_zero_paper(step_dir, worlds):
     """ZeRO (arXiv:1910.02054), section 5: weights and gradients 4 N, moments 8 N, in float32."""
-    on_the_gpus_here(["--dp_size 2"])
+    a_gpu_for_each_rank("--dp_size 2")
     for dp in (2, 4)[: torch.cuda.device_count() // 2]:
         peaks = {}
         for engine in ENGINES:
@@ -256,7 +251,7 @@ def test_allocated_bytes_are_those_of_the_zero_paper(step_dir, worlds):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_reductions_and_gathers_travel_while_kernels_compute(step_dir, worlds, engine):
     argv = WIDE + f"--dp_size 2 --dp_engine {engine} --seq_len 2048 --micro_batch_size 8"
-    on_the_gpus_here([argv])
+    a_gpu_for_each_rank(argv)
     for found, _ in worlds(step_dir, 2).run(workers.kernels_of, argv):
         alone = found["of it alone"] / found["communication"]
         assert alone > 0.9 if engine == "naive" else alone < 0.5, found
@@ -265,7 +260,7 @@ def test_reductions_and_gathers_travel_while_kernels_compute(step_dir, worlds, e
 @pytest.mark.steps(9)
 def test_the_ring_travels_while_kernels_compute(step_dir, worlds):
     argv = WIDE + "--cp_size 2 --seq_len 8192 --micro_batch_size 4"
-    on_the_gpus_here([argv])
+    a_gpu_for_each_rank(argv)
     for found, _ in worlds(step_dir, 2).run(workers.kernels_of, argv):
         assert found["of it alone"] < 0.5 * found["communication"], found
 
@@ -278,20 +273,17 @@ def test_sends_travel_while_kernels_compute(step_dir, worlds):
     """
     argv = WIDE + "--pp_size 2 --pp_engine afab --gradient_accumulation_steps 8 "
     argv += "--seq_len 2048 --micro_batch_size 4"
-    on_the_gpus_here([argv])
+    a_gpu_for_each_rank(argv)
     for found, hidden in worlds(step_dir, 2).run(workers.kernels_of, argv):
         assert sum(share > 0.5 for share in hidden) == 7, (found, hidden)
 
 
 @pytest.mark.steps(9)
 def test_a_run_goes_on_on_another_layout_on_nccl(step_dir, worlds, tmp_path, subtests):
-    on_the_gpus_here(["--tp_size 2"])
     for dtype, tolerance in (("float64", 1e-10), ("bfloat16", 1e-2)):
         shape = checkpoints.SHAPE + checkpoints.STEPS + CUDA + f"--dtype {dtype} "
         numbers, _ = checkpoints.train(worlds, step_dir, shape + checkpoints.batch(""))
         for place, route in enumerate(checkpoints.ROUTES):
-            if max(map(ranks_of, route)) > torch.cuda.device_count():
-                continue
             with subtests.test(f"{dtype}, {' -> '.join(route)}"):
                 path = tmp_path / f"{dtype}{place}"
                 before, after = (shape + checkpoints.batch(layout) for layout in route)
@@ -304,7 +296,6 @@ def test_a_run_goes_on_on_another_layout_on_nccl(step_dir, worlds, tmp_path, sub
 
 @pytest.mark.steps(9)
 def test_generating_on_nccl(step_dir, worlds, tmp_path):
-    on_the_gpus_here(["--tp_size 2"])
     theirs(tmp_path / "hf", initializer_range=0.2)
     argv = f"--load_hf {tmp_path / 'hf'} --dtype float64 --temperature 0 --max_new_tokens 40 "
     run = trainer_workers.generated
