@@ -66,13 +66,13 @@ class Stage:
         self.layer = self.matrices + 2 * self.h
         tables = self.first + (self.last and not (self.first and c.tie_word_embeddings))
         self.outside = tables * self.h * self.vocab + self.last * self.h
-        tied = c.tie_word_embeddings
-        self.own_head = self.h * self.vocab * (self.last and not tied)  # not the embedding
+        table = 0 if c.tie_word_embeddings else self.h * self.vocab
+        self.embedding, self.head = self.first * table, self.last * table  # where they are two
         self.weights = self.layers * self.layer + self.outside
         self.replicas = args.dp_size * args.cp_size  # step 6
         engine = args.dp_engine if self.replicas > 1 else "naive"
         self.zero = int(engine[-1]) if "zero" in engine else 0
-        self.casts_head = tp == 1 and not (self.zero == 3 and self.own_head)
+        self.casts_head = tp == 1 and not (self.zero == 3 and self.head)
 
     def kept(self):
         """Bytes that autograd keeps of a micro-batch: of a whole layer, in layers, at the end."""
@@ -93,11 +93,11 @@ class Stage:
         """Bytes by what they are for, at the fullest moment of a step."""
         n, size, (whole, layers, end) = self.replicas, 4 * self.weights, self.kept()
         # For a while there are (step 6): gradients being sent and what is received of them; two
-        # gathered layers, gradients of one, in float32 too, and what is outside; two more float32
+        # gathered layers, gradients of one, in float32 too, and norms and head; two more float32
         # tensors like the logits, or a layer computed anew. And of several micro-batches zero1 has
         # whole gradients, and a shard.
         sent = min(2**28, size)
-        layers_too = 10 * self.layer + 4 * self.outside - 2 * self.own_head
+        layers_too = 10 * self.layer + 4 * (self.outside - self.embedding) - 2 * self.head
         passing = {1: sent / n, 2: sent + sent / n, 3: layers_too}.get(self.zero, 0)
         anew = whole if self.args.activation_checkpointing else 0
         return {  # step 6
@@ -125,8 +125,8 @@ class Stage:
         cp = [("send", m * self.layers * hops * 2 * 2 * t * self.kv)]
         # Step 6, in float32, but zero3 gathers matrices in bfloat16, all but the embedding; and it
         # has the last layer's and what is outside until backward.
-        halves = (2 * self.layers - 1) * self.matrices + self.own_head
-        rest = self.weights - self.layers * self.matrices - self.own_head
+        halves = (2 * self.layers - 1) * self.matrices + self.head
+        rest = self.weights - self.layers * self.matrices - self.head
         scattered, gathered = (
             (size, m * size)[self.zero > 1],
             (size, m * (2 * halves + 4 * rest))[self.zero > 2],

@@ -33,6 +33,8 @@ def init_processes(device_type):
     options = {"backend": "gloo", "timeout": timedelta(hours=1)}
     device = torch.device(device_type)
     if device_type == "cuda":
+        # Memory that is freed can hold a tensor of any size then: less of it lies idle in between.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         options.update(backend="nccl", device_id=device)

@@ -91,16 +91,23 @@ class Zero3(Zero2):
 
     A bucket has the matrices of a layer; those of the next one are gathered meanwhile. They and the
     head are gathered in the dtype they are cast to where they are used, once in a pass, which
-    changes no number. What is outside of layers, and all norms, is whole from the forward pass to
-    its backward pass.
+    changes no number. The head and all norms are whole from the forward pass to their backward
+    pass; the embedding, whose backward pass needs no weights, while it is used.
     """
 
     def __init__(self, model, group):
         super().__init__(model, group)
         count = len(model.model.layers)
         self.layers, self.outside = self.buckets[:count], self.buckets[count:]
-        head = [b for b in self.outside if b.parameters[0].global_name == "lm_head.weight"]
-        for bucket in (*self.layers, *head):  # a head that is tied is the embedding
+        named = {bucket.parameters[0].global_name: bucket for bucket in self.outside}
+        embedding = named.get("model.embed_tokens.weight")
+        head = named.get("lm_head.weight")  # None where it is tied: it is the embedding then
+        if embedding is not None and not model.model.config.tie_word_embeddings:
+            self.outside.remove(embedding)
+            embed = model.model.embed_tokens
+            embed.register_forward_pre_hook(lambda *_: self.fetch(embedding, ahead=None))
+            embed.register_forward_hook(lambda *_: self.drop(embedding))
+        for bucket in filter(None, [*self.layers, head]):
             # What would be cast is cast before it travels; the shard stays as it is.
             bucket.hold(torch.empty_like(bucket.weights, dtype=model.model.dtype))
             self.drop(bucket)

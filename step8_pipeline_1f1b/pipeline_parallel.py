@@ -110,8 +110,8 @@ class Stage:
         # One stage alone: each micro-batch goes backward at once, as without a pipeline.
         self.schedule = args.pp_engine if group.size > 1 else "1f1b"
         self.timeline = Timeline(args.timeline, device)
-        # What has not gone backward yet: the input, and where the output's gradient goes. The output
-        # itself is sent, and its memory is free then.
+        # Of what has not gone backward yet the input, and where the gradient of the output enters.
+        # The output itself is sent, and its memory is free then.
         self.alive = collections.deque()
         self.sending = []  # handles, with the tensors that they send
 

@@ -22,9 +22,10 @@ def one_rank(rank, size):
     """Within, this process is one of `size` ranks of the step whose `process_group` is imported."""
     import process_group as pg
 
-    def init_processes(device_type):
-        dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=size)
-        return torch.device(device_type, 0) if device_type == "cuda" else torch.device(device_type)
+    join = dist.init_process_group
+
+    def init_process_group(**options):
+        join("fake", store=dist.HashStore(), rank=rank, world_size=size)
 
     def all_reduce(x, op=None, group=None, async_op=False):
         if x.dim() > 1:  # and not a loss, or a wish to stop
@@ -50,9 +51,10 @@ def one_rank(rank, size):
     environment = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, {k: str(v) for k, v in environment.items()}))
+        stack.enter_context(patch.object(dist, "init_process_group", init_process_group))
         stack.enter_context(patch.object(dist, "all_reduce", all_reduce))
         for name, instead in {
-            "init_processes": init_processes,
+            "init_processes": pg.init_processes,  # afterwards as it is now, whatever is done to it
             "gather_into": all_gather,
             "scatter_into": reduce_scatter,
             "exchange": exchange,

@@ -81,10 +81,20 @@ def test_zero3_gathers_in_bfloat16_the_numbers_that_a_layer_would_cast(step_dir,
 def test_the_next_layer_is_gathered_ahead(step_dir, worlds):
     argv = SMALL + "--dp_size 2 --dp_engine zero3"
     for gathered in worlds(step_dir, 2).run(workers.gathers_of_a_step, argv):
-        # (what is gathered, the layer whose turn it is): forward 0 … 3, backward 3 … 0
+        # (what is gathered, the layer whose turn it is): forward 0 … 3, backward 3 … 0. Outside are
+        # the norms, the head and, when it is used, the embedding.
         assert gathered == [
-            *3 * [("outside", None)], (0, None), (1, 0), (2, 1), (3, 2), (2, 3), (1, 2), (0, 1),
+            ("outside", None), ("outside", None), (0, None), ("outside", None),
+            (1, 0), (2, 1), (3, 2), (2, 3), (1, 2), (0, 1),
         ]  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", ["no", "yes"])
+def test_an_embedding_is_whole_only_while_it_is_used(step_dir, worlds, tied):
+    """Of zero3, untied: its backward pass needs no weights. A tied one is the head, too."""
+    argv = SMALL + f"--dp_size 2 --dp_engine zero3 --tie_word_embeddings {tied}"
+    for size in worlds(step_dir, 2).run(workers.bytes_of_the_embedding_at_the_loss, argv):
+        assert size == (0 if tied == "no" else 256 * 128 * 4)
 
 
 @pytest.mark.parametrize("dp", [2, 4])

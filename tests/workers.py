@@ -934,6 +934,23 @@ def gathers_of_a_step(argv):
     return found
 
 
+def bytes_of_the_embedding_at_the_loss(argv):
+    """Of its storage, when the loss is computed in a step."""
+    import train
+
+    state, sizes = build(argv), []
+    weight, loss = state.model.model.embed_tokens.weight, state.model.cross_entropy
+
+    def cross_entropy(logits, targets):
+        sizes.append(weight.untyped_storage().nbytes())
+        return loss(logits, targets)
+
+    state.model.cross_entropy = cross_entropy
+    train.forward_backward(state)
+    (size,) = sizes
+    return size
+
+
 def owned_bytes(argv, bucket_bytes=25 * 2**20):
     """Bytes of weights, gradients and moments that this rank holds after a step; and the most of
     gradients, with what is being sent and received, at any time at which the engine waits.
