@@ -85,7 +85,7 @@ class Stage:
         casts = 2 * (self.rows + alone * self.columns) * (self.zero < 3)
         whole = 2 * t * (4 * self.between + inner) + casts
         layer = 2 * t * self.between if a.activation_checkpointing else whole
-        # The last norm; logits in float32, and a copy of the head where it is whole.
+        # The last norm; logits in float32, and a copy of the head where it is cast.
         end = 4 * t * self.between + (self.casts_head * 2 * self.h + 4 * t) * self.vocab
         return whole, self.layers * layer, self.last * end
 
@@ -123,8 +123,8 @@ class Stage:
         # that sends most, the first.
         hops = (3 + redo) * (a.cp_size - 1) - 1
         cp = [("send", m * self.layers * hops * 2 * 2 * t * self.kv)]
-        # Step 6, in float32, but zero3 gathers matrices in bfloat16, all but the embedding; and it
-        # has the last layer's and what is outside until backward.
+        # Step 6, in float32, but zero3 gathers matrices in bfloat16, all but the embedding; what is
+        # outside, like the last layer, once.
         halves = (2 * self.layers - 1) * self.matrices + self.head
         rest = self.weights - self.layers * self.matrices - self.head
         scattered, gathered = (

@@ -33,7 +33,7 @@ def init_processes(device_type):
     options = {"backend": "gloo", "timeout": timedelta(hours=1)}
     device = torch.device(device_type)
     if device_type == "cuda":
-        # Memory that is freed can hold a tensor of any size then: less of it lies idle in between.
+        # In segments that grow, what is freed can hold a tensor of any size: less of it lies idle.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)

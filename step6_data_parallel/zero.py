@@ -92,7 +92,8 @@ class Zero3(Zero2):
     A bucket has the matrices of a layer; those of the next one are gathered meanwhile. They and the
     head are gathered in the dtype they are cast to where they are used, once in a pass, which
     changes no number. The head and all norms are whole from the forward pass to their backward
-    pass; the embedding, whose backward pass needs no weights, while it is used.
+    pass; the embedding, whose backward pass needs no weights, while it is used. (One that is tied
+    is like a norm.)
     """
 
     def __init__(self, model, group):
@@ -178,7 +179,8 @@ class Zero3(Zero2):
             self.drop(bucket)
 
     def traffic(self, micro_batches):
-        # Forward and backward; once for the last layer and what is outside, which stay in between.
+        # Forward and backward; once for the last layer, the head and the norms, which stay in
+        # between, and for the embedding, which backward does not need.
         gathers = self.gathers(micro_batches)
         return self.reductions(micro_batches) + gathers + gathers[: len(self.layers) - 1]
 

@@ -77,7 +77,7 @@ class Bucket:
             parameter.data = view
 
     def gradients(self):
-        """Those of the parameters in a vector; a single one that needs no padding is not copied."""
+        """Those of the parameters in a vector; one alone that needs no padding is at most cast."""
         found = [parameter.grad for parameter in self.parameters]
         whole = len(found) == 1 and found[0].numel() == self.share * self.group.size
         return found[0].flatten().to(self.dtype) if whole else self.vector(found)

@@ -105,8 +105,8 @@ class Stage:
         self.shape = args.micro_batch_size, args.seq_len // parts, args.config.hidden_size
         self.micro_batches = args.gradient_accumulation_steps
         self.timeline = Timeline(args.timeline, device)
-        # Of what has not gone backward yet the input, and where the gradient of the output enters.
-        # The output itself is sent, and its memory is free then.
+        # Of each micro-batch that has not gone backward yet: its input, and the edge where the
+        # gradient of its output enters. The output is not kept: once it is sent, it is not needed.
         self.alive = collections.deque()
         self.sending = []  # handles, with the tensors that they send
 

@@ -110,8 +110,8 @@ class Stage:
         # One stage alone: each micro-batch goes backward at once, as without a pipeline.
         self.schedule = args.pp_engine if group.size > 1 else "1f1b"
         self.timeline = Timeline(args.timeline, device)
-        # Of what has not gone backward yet the input, and where the gradient of the output enters.
-        # The output itself is sent, and its memory is free then.
+        # Of each micro-batch that has not gone backward yet: its input, and the edge where the
+        # gradient of its output enters. The output is not kept: once it is sent, it is not needed.
         self.alive = collections.deque()
         self.sending = []  # handles, with the tensors that they send
 

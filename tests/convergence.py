@@ -117,11 +117,12 @@ def train(run, common, through=()):
 class Runs(Saved):
     """The metrics of runs, launched when first asked for."""
 
-    def metrics(self, run, plant=None, share_gpus=False):
+    def metrics(self, run, plant=None, gpus=None):
+        """gpus: how many there are, if a run of more ranks shall share them."""
         if plant:  # not what it should be, and so not kept
             return train(run, self.of["flags"], (TESTS / "breaks.py", plant))
         if run not in self.runs:
-            shares = share_gpus and ranks_of(run) > 1
+            shares = gpus is not None and ranks_of(run) > gpus
             through = (TESTS / "shared_gpus.py",) if shares else ()
             self.runs[run] = train(run, self.of["flags"], through)
             self.keep()
@@ -243,12 +244,15 @@ def main():
 
     if options.all_layouts:
         sys.exit(0 if print_all_layouts() else 1)
-    base = f"{BASELINE} --micro_batch_size {options.sequences}"
+    if options.share_gpus and (options.plant or not options.tinyllama):
+        sys.exit("error: --share_gpus is for --tinyllama, and not with --plant; leave one out")
+    base, gpus = f"{BASELINE} --micro_batch_size {options.sequences}", None
     if options.tinyllama:
-        count = torch.cuda.device_count()
-        if count < 1 or (options.share_gpus or count) < 2:
+        count = gpus = torch.cuda.device_count()
+        if options.share_gpus and gpus:
+            count = options.share_gpus
+        if count < 2:
             sys.exit("error: --tinyllama needs 2 CUDA devices, or one and --share_gpus 2")
-        count = options.share_gpus or count
         options.sequences, options.device = 32, "cuda"
         options.flags = f"{TINYLLAMA} {options.flags}"
         base = f"{BASELINE} --gradient_accumulation_steps 2 --micro_batch_size 16"  # memory
@@ -276,7 +280,7 @@ def main():
     reference, curves = runs.metrics(base), {}
     rows, failed = [[*base.split(" ", 1), 1, "", "", f"{speed(reference):,.0f}", "baseline"]], False
     for run in options.runs:
-        curves[run] = runs.metrics(run, options.plant, options.share_gpus)
+        curves[run] = runs.metrics(run, options.plant, gpus)
         loss, norm = compare(reference, curves[run], options.dtype)
         good = loss <= loss_bound and norm <= norm_bound
         failed |= not good

@@ -11,8 +11,9 @@ all. Before the step's name, `--top 20` adds the kernels that took longest on th
 
     python tests/kernel_times.py --rank 1 step9_4d --pp_size 4 --gradient_accumulation_steps 16
 
-With `--rank` there is only this rank of the layout, on one GPU, and messages take no time: what is
-left is what the rank computes, and the memory that it needs.
+With `--rank` there is only this rank of the layout, on one GPU, and a message is a copy at most:
+what is left is what the rank computes, and the memory that it needs. Tokens/s are then those of a
+layout in which nobody waits and every rank has as much to do.
 """
 
 import argparse
@@ -97,10 +98,11 @@ def measured(state, train, rank=None):
         seconds.append(time.perf_counter() - begun)
     kernels = profiled(lambda: train.train_step(state))
     own = times(kernels) | {"GiB reserved": torch.cuda.max_memory_reserved() / 2**30}
-    ranks = [None] * state.mesh.world.size
+    found = {rank: own}
     if rank is None:
+        ranks = [None] * state.mesh.world.size
         torch.distributed.all_gather_object(ranks, own)
-    found = dict(enumerate(ranks)) if rank is None else {rank: own}
+        found = dict(enumerate(ranks))
     return statistics.median(seconds[len(seconds) // 3 :]), found, kernels  # the first ones compile
 
 
@@ -156,7 +158,10 @@ def main():
         flags = options.flags + run
         with contextlib.ExitStack() as stack:
             if options.rank is not None:
-                stack.enter_context(one_rank(options.rank, ranks_of(" ".join(flags))))
+                size = ranks_of(" ".join(flags))
+                if not 0 <= options.rank < size:
+                    sys.exit(f"error: --rank {options.rank}: {' '.join(flags)} has {size} ranks")
+                stack.enter_context(one_rank(options.rank, size))
             state = train.setup(train.parse_args(flags))
             seconds, ranks, kernels = measured(state, train, options.rank)
             speed = state.args.tokens_per_step / seconds / state.mesh.world.size
@@ -165,9 +170,10 @@ def main():
                 rows.append([*cells, *(f"{number:.1f}" for number in found.values())])
             more += [" ".join(run), *longest(kernels, options.top)] if options.top else []
             reports = state.mesh.rank in (0, options.rank)
-            # The next run finds the processes in touch, and the memory free.
-            pg.init_processes = lambda device_type, device=state.device: device
+            # The next run finds the memory free, and the processes in touch.
             free(state)
+            if options.rank is None:
+                pg.init_processes = lambda device_type, device=state.device: device
             del state
     if reports:
         print(f"{machine()}\n{options.step} {' '.join(options.flags)}\n")

@@ -25,8 +25,8 @@ class Result:
 
 def flag(argv, name, default):
     """The whole number that a command line gives for --name."""
-    found = re.search(rf"--{name}[ =](\d+)", argv)
-    return int(found[1]) if found else default
+    found = re.findall(rf"--{name}[ =](\d+)", argv)
+    return int(found[-1]) if found else default  # argparse takes the last one, too
 
 
 def sequences_of(argv):

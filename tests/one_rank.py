@@ -1,7 +1,8 @@
 """Be one rank of a layout without the others: its memory, and its own work, on a single device.
 
-Shapes, kernels and memory are those of a real run. Numbers are not: what others would send is a
-copy of what is sent to them, or noise, and so is what they would add to a sum.
+Shapes and memory are those of a real run, and so are the kernels that compute. Messages are not:
+what others would send is a copy of what is sent to them, or noise, and what they would add to a sum
+a constant. Nor is there what NCCL needs, memory and time of its own.
 """
 
 import contextlib
@@ -45,7 +46,10 @@ def one_rank(rank, size):
     def exchange(group, send=(), receive=()):
         sent = {x.shape: x for x, _ in send}
         for out, _ in receive:
-            out.copy_(sent[out.shape]) if out.shape in sent else out.normal_()
+            if out.shape in sent:
+                out.copy_(sent[out.shape])
+            else:
+                out.normal_()
         return []
 
     environment = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
@@ -54,7 +58,6 @@ def one_rank(rank, size):
         stack.enter_context(patch.object(dist, "init_process_group", init_process_group))
         stack.enter_context(patch.object(dist, "all_reduce", all_reduce))
         for name, instead in {
-            "init_processes": pg.init_processes,  # afterwards as it is now, whatever is done to it
             "gather_into": all_gather,
             "scatter_into": reduce_scatter,
             "exchange": exchange,

@@ -49,7 +49,7 @@ def test_runs_are_kept_over_calls(tmp_path, monkeypatch):
     launched = []
 
     def train(run, common, through=()):
-        launched.append((run, *through[1:]))
+        launched.append((run, *(getattr(word, "name", word) for word in through)))
         return [{"step": 1, "loss": 2.0}]
 
     monkeypatch.setattr(convergence, "train", train)
@@ -58,7 +58,10 @@ def test_runs_are_kept_over_calls(tmp_path, monkeypatch):
     first.metrics("b", "halve_norm_gradients")
     again = convergence.Runs(tmp_path / "runs.json", flags="--steps 2")
     assert again.metrics("a") == first.metrics("a") and again.metrics("b")
-    assert launched == [("a",), ("b", "halve_norm_gradients"), ("b",)]
+    assert launched == [("a",), ("b", "breaks.py", "halve_norm_gradients"), ("b",)]
+    for gpus in (2, 1):  # on fewer GPUs than ranks they share them
+        again.metrics(f"c --tp_size 2 --seed {gpus}", gpus=gpus)
+    assert [words[1:] for words in launched[3:]] == [(), ("shared_gpus.py",)]
     with pytest.raises(SystemExit, match="--save .*other flags"):
         convergence.Runs(tmp_path / "runs.json", flags="--steps 3")
     monkeypatch.setattr("launch.machine", lambda: "another one, today")

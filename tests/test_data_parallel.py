@@ -153,7 +153,7 @@ def test_kernel_times_of_several_runs(step_dir):
     [
         "--tp_size 2 --dp_size 2 --dp_engine zero1 --sequence_parallel",
         "--cp_size 3 --dp_engine zero3 --compile aot_eager",
-        "--pp_size 3 --dp_engine zero2",
+        "--pp_size 2 --dp_size 2 --dp_engine zero3",
         "--pp_size 2 --pp_engine interleaved",
     ],
 )

@@ -15,7 +15,7 @@ import torch
 import trainer_workers
 import workers
 from conftest import step_number
-from harness import assert_close
+from harness import World, assert_close
 from launch import launch, on_two, ranks_of
 from layouts import ENGINES
 from test_errors import assert_one_line
@@ -104,6 +104,15 @@ def test_bfloat16_gradients_stay_near_float32(step_dir, train_on, worlds, flags)
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_collectives_on_nccl(step_dir, worlds, dtype):
     assert_collectives(worlds(step_dir, 2).run(workers.collectives, dtype, 2, "cuda"), dtype)
+
+
+@pytest.mark.steps(2, 2)
+@pytest.mark.parametrize("asked, grow", [(None, True), ("expandable_segments:False", False)])
+def test_memory_is_in_segments_that_grow(step_dir, asked, grow):
+    """It is asked for by the environment, which has to happen before anything reads it."""
+    environment = {"PYTORCH_ALLOC_CONF": asked} if asked else {}
+    with World(step_dir, 1, **environment) as world:
+        assert world.run(workers.segments_that_grow) == [{grow}]
 
 
 @pytest.mark.steps(2, 2)

@@ -19,10 +19,18 @@ READMES = [ROOT / "README.md", ROOT / "tests" / "README.md", *sorted(ROOT.glob("
 @pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_a_readme_points_to_is_there(path):
     text = path.read_text()
-    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
-        assert (path.parent / target).exists(), target
+    for target, section in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+        there = path.parent / target if target else path
+        assert there.exists(), target
+        assert not section or section in sections_of(there), (target, section)
     for name in re.findall(r"`((?:tests|assets|step\d)[\w/]*\.\w+)`", text):
         assert (ROOT / name).exists() or (path.parent / name).exists(), name
+
+
+def sections_of(path):
+    """What a link may name behind `#`: headings in small letters, with hyphens for spaces."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("step*/README.md")), ids=lambda p: p.parent.name)

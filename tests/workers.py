@@ -1024,6 +1024,17 @@ def allocated_bytes(argv):
     return *(size - before for size in found), count
 
 
+def segments_that_grow():
+    """Whether those in which PyTorch has this rank's CUDA memory can."""
+    import process_group
+
+    device = process_group.init_processes("cuda")
+    kept = torch.zeros(2**24, device=device)
+    found = {segment["is_expandable"] for segment in torch.cuda.memory_snapshot()}
+    del kept
+    return found
+
+
 def kernels_of(argv):
     """Of the third step on this rank: `kernel_times.times`, and for each message its share in time
     that other kernels hide.
