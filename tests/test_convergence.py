@@ -33,11 +33,18 @@ def rows(text):
     return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines[2:]]
 
 
-def test_other_layouts_converge(tmp_path):
+@pytest.fixture(scope="module")
+def baselines(tmp_path_factory):
+    """A folder for what `--save` keeps, so that tests of one dtype share their baseline."""
+    return tmp_path_factory.mktemp("baselines")
+
+
+def test_other_layouts_converge(tmp_path, baselines):
     figure = tmp_path / "curves.png"
     flags = "--dp_size 2 --micro_batch_size 2 --gradient_accumulation_steps 2"
     run = "step6_data_parallel " + flags
-    text = command("convergence.py", "--steps", "5", "--figure", str(figure), run)
+    arguments = ["--steps", "5", "--save", str(baselines / "float64.json")]
+    text = command("convergence.py", *arguments, "--figure", str(figure), run)
     (base, other) = rows(text)
     assert base[0] == "step3_dataloader" and other[:3] == ["step6_data_parallel", flags, "2"]
     assert float(other[3]) < 1e-12 and float(other[4]) < 1e-12
@@ -74,8 +81,9 @@ def test_runs_are_kept_over_calls(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "dtype, steps", [("float64", "5"), pytest.param("float32", "200", marks=pytest.mark.slow)]
 )
-def test_a_planted_error_is_caught(dtype, steps):
+def test_a_planted_error_is_caught(baselines, dtype, steps):
     arguments = ["--dtype", dtype, "--steps", steps, "--plant", "halve_norm_gradients"]
+    arguments += ["--save", str(baselines / f"{dtype}.json")]
     text = command("convergence.py", *arguments, "step3_dataloader --micro_batch_size 8", code=1)
     assert rows(text)[1][6] == "OUTSIDE"
 

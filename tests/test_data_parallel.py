@@ -152,9 +152,9 @@ def test_kernel_times_of_several_runs(step_dir):
     "layout",
     [
         "--tp_size 2 --dp_size 2 --dp_engine zero1 --sequence_parallel",
-        "--cp_size 3 --dp_engine zero3 --compile aot_eager",
+        pytest.param("--cp_size 3 --dp_engine zero3 --compile aot_eager", marks=pytest.mark.slow),
         "--pp_size 2 --dp_size 2 --dp_engine zero3",
-        "--pp_size 2 --pp_engine interleaved",
+        pytest.param("--pp_size 2 --pp_engine interleaved", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_alone_holds_what_it_holds_among_others(step_dir, worlds, layout):
