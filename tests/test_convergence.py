@@ -174,6 +174,13 @@ def test_what_needs_a_gpu_says_so(monkeypatch, script, flags):
         script.main()
 
 
+@pytest.mark.parametrize("flags", ["--share_gpus 2", "--tinyllama --share_gpus 2 --plant x"])
+def test_gpus_are_shared_by_tinyllama_only(monkeypatch, flags):
+    monkeypatch.setattr("sys.argv", ["convergence.py", *flags.split()])
+    with pytest.raises(SystemExit, match="error: --share_gpus .*leave one out"):
+        convergence.main()
+
+
 def test_layouts_for_gpus():
     for count in (2, 4, 8):
         for run in convergence.gpu_runs(count):

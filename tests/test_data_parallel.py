@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import workers
-from harness import World
+from harness import RankError, World
 from launch import ranks_of
 from layouts import ENGINES
 
@@ -175,6 +175,8 @@ def test_kernel_times_of_one_rank(step_dir):
     rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| `")]
     assert [row[0] for row in rows] == ["| `--dp_size 4`", "| `--dp_size 3`"]
     assert [row[3] for row in rows] == ["2", "2"]
+    with World(step_dir, 1) as world, pytest.raises(RankError, match="error: --rank 2: .* 2 ranks"):
+        world.run(workers.printed_kernel_times, argv.replace("_size 3", "_size 2"), kernels)
 
 
 def test_wrong_calls_of_data_parallelism(step_dir, worlds):
