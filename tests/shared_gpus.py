@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 4 tests/shared_gpus.py step9_4d/train.py --device cuda --tp_size 4
 
-NCCL refuses two ranks of a host on one GPU. So each rank claims to be a host of its own, and its
-messages go over the network, as between hosts.
+NCCL refuses two ranks of a host on one GPU. So every so many ranks as there are GPUs claim to be a
+host of their own, and what these say to each other goes over the network, as between hosts.
 """
 
 import os
@@ -16,9 +16,9 @@ def share_gpus():
     """Give this rank, before it joins the others, a GPU that it may share with some of them."""
     import torch
 
-    place = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
-    os.environ.update(LOCAL_RANK=str(place), LOCAL_WORLD_SIZE="1")
-    os.environ["NCCL_HOSTID"] = f"rank {os.environ['RANK']}"
+    gpus = torch.cuda.device_count()
+    host, place = divmod(int(os.environ["LOCAL_RANK"]), gpus)
+    os.environ.update(LOCAL_RANK=str(place), LOCAL_WORLD_SIZE=str(gpus), NCCL_HOSTID=f"host {host}")
 
 
 if __name__ == "__main__":
