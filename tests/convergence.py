@@ -21,6 +21,7 @@ one process.
 
 import argparse
 import contextlib
+import json
 import math
 import re
 import statistics
@@ -188,7 +189,12 @@ def speed(metrics):
     return statistics.median(m["tokens_per_second"] for m in metrics[len(metrics) // 4 :])
 
 
-def draw(reference, curves, path, title):
+def short(run):
+    """A RUN as it stands in a figure."""
+    return re.sub("_size|--|gradient_|_steps|^step", "", run)
+
+
+def draw(reference, curves, path, base, title):
     """Overlaid loss curves, and below them their distance from the baseline on a log axis."""
     import matplotlib
 
@@ -198,10 +204,9 @@ def draw(reference, curves, path, title):
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True)
     steps = [m["step"] for m in reference]
     losses = [m["loss"] for m in reference]
-    top.plot(steps, losses, "k", linewidth=4, alpha=0.25, label=f"baseline, {BASELINE}")
+    top.plot(steps, losses, "k", linewidth=4, alpha=0.25, label=f"baseline, {short(base)}")
     for name, metrics in curves.items():
-        label = re.sub("_size|--|gradient_|_steps|^step", "", name)
-        top.plot(steps, [m["loss"] for m in metrics], linewidth=1, label=label)
+        top.plot(steps, [m["loss"] for m in metrics], linewidth=1, label=short(name))
         gaps = [abs(a - b["loss"]) or math.nan for a, b in zip(losses, metrics, strict=True)]
         bottom.plot(steps, gaps, ".", markersize=4)  # where there is none, no point
     top.set_ylabel("loss (nats per byte)")
@@ -213,6 +218,51 @@ def draw(reference, curves, path, title):
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+def report(base, reference, others, dtype, where, figure):
+    """Compare runs with the one called base: a table, a figure; whether all are within the bounds.
+
+    reference: the metrics of base; others: pairs of a RUN and its metrics.
+    """
+    *_, loss_bound, norm_bound = BOUNDS[dtype]
+    curves, failed = {}, False
+    step, _, layout = base.partition(" ")
+    rows = [[step, layout, ranks_of(base), "", "", f"{speed(reference):,.0f}", "baseline"]]
+    for run, metrics in others:
+        curves[run] = metrics
+        loss, norm = compare(reference, metrics, dtype)
+        good = loss <= loss_bound and norm <= norm_bound
+        failed |= not good
+        step, _, layout = run.partition(" ")
+        row = [step, layout, ranks_of(run), f"{loss:.1e}", f"{norm:.1e}"]
+        rows.append([*row, f"{speed(metrics):,.0f}", "ok" if good else "OUTSIDE"])
+        print(" ".join([run + ":", *rows[-1][3:]]), file=sys.stderr, flush=True)
+        if figure:  # after each run: one that is stopped leaves those before it
+            draw(reference, curves, figure, base, f"{dtype}, {where}")
+    relative = "relative " if dtype == "float64" else ""
+    headers = ["step", "layout", "ranks", f"max {relative}Δ loss", "max relative Δ grad norm"]
+    print(table([*headers, "tokens/s", ""], rows))
+    print(f"\nbounds: loss {loss_bound:.0e}, gradient norm {norm_bound:.0e}")
+    return not failed
+
+
+def report_kept(options):
+    """The same of what a file of --save keeps, on any machine."""
+    try:
+        kept = json.loads(options.kept.read_text())
+        runs, flags, where = kept["runs"], kept["flags"], kept["machine"]
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"error: --kept {options.kept}: {error!r}; name a file that --save wrote")
+    base = options.baseline or next(iter(runs))
+    others = options.runs or [run for run in runs if run != base]
+    for run in [base, *others]:
+        if run not in runs:
+            sys.exit(f"error: --kept {options.kept}: no run {run!r}; there is {', '.join(runs)}")
+    dtype = re.findall(r"--dtype (\w+)", flags)[-1]
+    print(f"{dtype}, {len(runs[base])} steps, {where}\nflags of all runs: {flags}\n")
+    pairs = ((run, runs[run]) for run in others)
+    return report(base, runs[base], pairs, dtype, where, options.figure)
 
 
 def main():
@@ -239,11 +289,17 @@ def main():
     parser.add_argument(
         "--save", type=Path, help="metrics go to this .json, and what is in it is not run again"
     )
+    parser.add_argument(
+        "--kept", type=Path, help="compare what is in this file of --save, on any machine"
+    )
+    parser.add_argument("--baseline", metavar="RUN", help="what the others are compared with")
     parser.add_argument("--plant", help="a function of breaks.py, for every run but the baseline")
     options = parser.parse_args()
 
     if options.all_layouts:
         sys.exit(0 if print_all_layouts() else 1)
+    if options.kept:
+        sys.exit(0 if report_kept(options) else 1)
     if options.share_gpus and (options.plant or not options.tinyllama):
         sys.exit("error: --share_gpus is for --tinyllama, and not with --plant; leave one out")
     base, gpus = f"{BASELINE} --micro_batch_size {options.sequences}", None
@@ -260,9 +316,10 @@ def main():
         again = f"{BASELINE} --gradient_accumulation_steps 8 --micro_batch_size 4"
         options.runs = options.runs or [again, *gpu_runs(count)]
     options.runs = options.runs or SPLITS + LAYOUTS
-    steps, learning_rate, loss_bound, norm_bound = BOUNDS[options.dtype]
+    base = options.baseline or base
+    steps, learning_rate, *_ = BOUNDS[options.dtype]
     steps = options.steps or steps
-    for run in options.runs:
+    for run in [base, *options.runs]:
         if sequences_of(run) != options.sequences:
             sys.exit(f"error: {run}: {sequences_of(run)} sequences a step, not {options.sequences}")
         if not (ROOT / run.split()[0] / "train.py").is_file():
@@ -277,24 +334,9 @@ def main():
     )
     print(f"{options.dtype}, {steps} steps, {machine()}\nflags of all runs: {common}\n", flush=True)
     runs = Runs(options.save, flags=common)
-    reference, curves = runs.metrics(base), {}
-    rows, failed = [[*base.split(" ", 1), 1, "", "", f"{speed(reference):,.0f}", "baseline"]], False
-    for run in options.runs:
-        curves[run] = runs.metrics(run, options.plant, gpus)
-        loss, norm = compare(reference, curves[run], options.dtype)
-        good = loss <= loss_bound and norm <= norm_bound
-        failed |= not good
-        step, _, layout = run.partition(" ")
-        row = [step, layout, ranks_of(run), f"{loss:.1e}", f"{norm:.1e}"]
-        rows.append([*row, f"{speed(curves[run]):,.0f}", "ok" if good else "OUTSIDE"])
-        print(" ".join([run + ":", *rows[-1][3:]]), file=sys.stderr, flush=True)
-        if options.figure:  # after each run: one that is stopped leaves those before it
-            draw(reference, curves, options.figure, f"{options.dtype}, {machine()}")
-    relative = "relative " if options.dtype == "float64" else ""
-    headers = ["step", "layout", "ranks", f"max {relative}Δ loss", "max relative Δ grad norm"]
-    print(table([*headers, "tokens/s", ""], rows))
-    print(f"\nbounds: loss {loss_bound:.0e}, gradient norm {norm_bound:.0e}")
-    sys.exit(1 if failed else 0)
+    pairs = ((run, runs.metrics(run, options.plant, gpus)) for run in options.runs)
+    good = report(base, runs.metrics(base), pairs, options.dtype, machine(), options.figure)
+    sys.exit(0 if good else 1)
 
 
 if __name__ == "__main__":

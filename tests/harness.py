@@ -21,7 +21,10 @@ import numpy as np
 from shared_gpus import share_gpus
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "numpy"])
+# What all steps import, by themselves or, as dynamo, through an optimizer: a rank begins at once.
+CONTEXT.set_forkserver_preload(
+    ["torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.utils.data", "tokenizers"]
+)
 
 
 class RankError(AssertionError):
@@ -29,15 +32,19 @@ class RankError(AssertionError):
 
 
 class World:
-    """size processes that run functions together; a failed world starts again by itself."""
+    """size processes that run functions together; a failed world starts again by itself.
 
-    def __init__(self, step_dir, size, **environment):
+    fresh: for variables of the environment that a library reads when it is imported.
+    """
+
+    def __init__(self, step_dir, size, fresh=False, **environment):
         self.step_dir, self.size = str(step_dir), size
+        self.context = multiprocessing.get_context("spawn") if fresh else CONTEXT
         self.environment = environment
         self.processes, self.pipes = [], []
 
     def start(self):
-        pipes = [CONTEXT.Pipe() for _ in range(self.size)]
+        pipes = [self.context.Pipe() for _ in range(self.size)]
         self.pipes = [mine for mine, _ in pipes]
         environment = {
             "WORLD_SIZE": str(self.size),
@@ -48,7 +55,7 @@ class World:
             **self.environment,
         }
         self.processes = [
-            CONTEXT.Process(
+            self.context.Process(
                 target=serve, args=(theirs, self.step_dir, rank, environment), daemon=True
             )
             for rank, (_, theirs) in enumerate(pipes)

@@ -78,6 +78,43 @@ def test_runs_are_kept_over_calls(tmp_path, monkeypatch):
         convergence.Runs(tmp_path / "missing" / "runs.json", flags="--steps 2")
 
 
+def test_kept_curves_are_compared_on_any_machine(tmp_path, monkeypatch, capsys):
+    def curve(loss):
+        kept = {"grad_norm": 1.0, "tokens_per_second": 9.0}
+        return [{"step": step, "loss": loss, **kept} for step in (1, 2)]
+
+    kept, figure = tmp_path / "kept.json", tmp_path / "curves.png"
+    runs = {"a --tp_size 2": curve(2.0), "b": curve(2.0), "c --dp_size 3": curve(2.001)}
+    kept.write_text(json.dumps({"flags": "--dtype float32", "machine": "M", "runs": runs}))
+
+    def main(*more):
+        monkeypatch.setattr("sys.argv", ["convergence.py", "--kept", str(kept), *more])
+        with pytest.raises(SystemExit) as end:
+            convergence.main()
+        return end.value.code, rows(capsys.readouterr().out)
+
+    code, (base, same, other) = main("--figure", str(figure))
+    assert code == 1 and base[:3] == ["a", "--tp_size 2", "2"] and base[6] == "baseline"
+    assert same[0] == "b" and same[6] == "ok"
+    assert other[:5] == ["c", "--dp_size 3", "3", "1.0e-03", "0.0e+00"] and other[6] == "OUTSIDE"
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+    code, found = main("--baseline", "c --dp_size 3", "b")
+    assert code == 1 and [row[0] for row in found] == ["c", "b"]
+    assert main("--baseline", "b", "a --tp_size 2")[0] == 0
+    assert "no run 'd'" in main("d")[0]
+    kept.write_text("{}")
+    assert "name a file that --save wrote" in main()[0]
+
+
+def test_rounding_of_gradients():
+    arguments = ["--after", "1", "--flags", "--num_hidden_layers 2 --seq_len 8 --max_tokens 64"]
+    found = rows(command("rounding.py", "4x1", "1x4", *arguments))
+    assert len(found) == 12  # two layers are one kind
+    numbers = [float(cell) for row in found for cell in row[1:]]
+    assert len(numbers) == 24 and 1e-9 < min(numbers) and max(numbers) < 1e-5
+    assert "error: 4x1 1x5" in command("rounding.py", "4x1", "1x5", *arguments, code=1)
+
+
 @pytest.mark.parametrize(
     "dtype, steps", [("float64", "5"), pytest.param("float32", "200", marks=pytest.mark.slow)]
 )

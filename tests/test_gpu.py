@@ -111,7 +111,7 @@ def test_collectives_on_nccl(step_dir, worlds, dtype):
 def test_memory_is_in_segments_that_grow(step_dir, asked, grow):
     """It is asked for by the environment, which has to happen before anything reads it."""
     environment = {"PYTORCH_ALLOC_CONF": asked} if asked else {}
-    with World(step_dir, 1, **environment) as world:
+    with World(step_dir, 1, fresh=True, **environment) as world:
         assert world.run(workers.segments_that_grow) == [{grow}]
 
 

@@ -221,7 +221,7 @@ def test_attention_on_the_cpu_is_the_fused_kernel(step_dir, worlds, dtype, bound
 )
 def test_triton_rms_norm_under_the_interpreter(step_dir, dtype, bound):
     pytest.importorskip("triton")
-    with World(step_dir, 1, TRITON_INTERPRET="1") as world:
+    with World(step_dir, 1, fresh=True, TRITON_INTERPRET="1") as world:
         (errors,) = world.run(workers.triton_rms_norm, dtype)
     assert len(errors) == len(workers.RMS_SHAPES)
     assert max(errors.values()) < bound, errors
