@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from errors import UserError
 
-HELD_OUT_AT_MOST = 256  # sequences that one evaluation reads
+# What one evaluation reads at most, or one batch where that is more.
+HELD_OUT_SEQUENCES, HELD_OUT_TOKENS = 256, 2**14
 
 
 class Windows(Dataset):
@@ -83,7 +84,8 @@ class Batches:
                 f"{group.size}: lower one of these"
             )
         self.order = Order(training, batch_size, args.seed)
-        count = max(1, min(held_out, HELD_OUT_AT_MOST) // batch_size) * batch_size
+        at_most = min(held_out, HELD_OUT_SEQUENCES, HELD_OUT_TOKENS // args.seq_len)
+        count = max(1, at_most // batch_size) * batch_size
         self.held_out = [training + row * held_out // count for row in range(count)]
         self.positions = positions.to(device)  # [seq / cp]
         workers = {"num_workers": args.num_workers}
@@ -107,8 +109,8 @@ class Batches:
     def evaluation(self):
         """Micro-batches of `held_out`, the same at every call.
 
-        They are whole batches, at most HELD_OUT_AT_MOST sequences spread evenly over the held-out
-        part; where it is smaller than one batch, some sequences come more than once.
+        They are whole batches, spread evenly over the held-out part; where it is smaller than one
+        batch, some sequences come more than once.
         """
         size = self.micro_batch_size
         cut = [self.held_out[start : start + size] for start in range(0, len(self.held_out), size)]

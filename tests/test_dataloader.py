@@ -229,13 +229,17 @@ def test_a_step_that_was_left_in_the_middle_starts_anew(step_dir, worlds):
     assert np.array_equal(whole, again)
 
 
-@pytest.mark.parametrize("split", ["8 --gradient_accumulation_steps 1", "2"])
-def test_the_held_out_loss_is_that_of_the_oracle(step_dir, worlds, split):
-    argv = "--dtype float64 --num_hidden_layers 1 --seq_len 16 --dataset_name random "
-    argv += f"--micro_batch_size {split}"
+@pytest.mark.parametrize(
+    "split, seq_len, count",
+    [("8 --gradient_accumulation_steps 1", 16, 256), ("2", 16, 256), ("8", 128, 128)],
+)
+def test_the_held_out_loss_is_that_of_the_oracle(step_dir, worlds, split, seq_len, count):
+    argv = "--dtype float64 --num_hidden_layers 1 --hidden_size 32 --intermediate_size 32 "
+    argv += f"--dataset_name random --seq_len {seq_len} --micro_batch_size {split}"
     ((loss, weights, config, tokens, targets),) = worlds(step_dir, 1).run(workers.evaluated, argv)
-    assert len(tokens) == 256
-    expected, _ = numpy_llama.loss_and_gradients(weights, config, tokens, targets, np.arange(16))
+    assert tokens.shape == (count, seq_len)  # 256 sequences or 16,384 tokens
+    places = np.arange(seq_len)
+    expected, _ = numpy_llama.loss_and_gradients(weights, config, tokens, targets, places)
     assert loss == pytest.approx(expected / targets.size, rel=1e-12)
 
 
