@@ -252,14 +252,14 @@ def report_kept(options):
     try:
         kept = json.loads(options.kept.read_text())
         runs, flags, where = kept["runs"], kept["flags"], kept["machine"]
-    except (OSError, ValueError, KeyError) as error:
+        dtype = re.findall(r"--dtype (\w+)", flags)[-1]
+    except (OSError, ValueError, KeyError, IndexError) as error:
         sys.exit(f"error: --kept {options.kept}: {error!r}; name a file that --save wrote")
     base = options.baseline or next(iter(runs))
     others = options.runs or [run for run in runs if run != base]
     for run in [base, *others]:
         if run not in runs:
             sys.exit(f"error: --kept {options.kept}: no run {run!r}; there is {', '.join(runs)}")
-    dtype = re.findall(r"--dtype (\w+)", flags)[-1]
     print(f"{dtype}, {len(runs[base])} steps, {where}\nflags of all runs: {flags}\n")
     pairs = ((run, runs[run]) for run in others)
     return report(base, runs[base], pairs, dtype, where, options.figure)

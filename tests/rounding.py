@@ -44,10 +44,10 @@ def distances(found, exact):
 def measure(splits, after, flags):
     """[distances of each split] after so many steps of training with the first one."""
 
-    def args_of(split, dtype, *more):
-        size, count = split.split("x")
+    def args_of(split, dtype):
+        size, _, count = split.partition("x")
         sizes = ["--micro_batch_size", size, "--gradient_accumulation_steps", count]
-        return train.parse_args([*flags, *sizes, "--dtype", dtype, *more])
+        return train.parse_args([*flags, *sizes, "--dtype", dtype])
 
     args = [args_of(split, "float32") for split in splits]
     if len({one.tokens_per_step for one in args}) > 1:

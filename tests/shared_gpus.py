@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 4 tests/shared_gpus.py step9_4d/train.py --device cuda --tp_size 4
 
-NCCL refuses two ranks of a host on one GPU. So every so many ranks as there are GPUs claim to be a
-host of their own, and what these say to each other goes over the network, as between hosts.
+NCCL refuses two ranks of a host on one GPU. So on 2 GPUs ranks 0 and 1 claim to be one host, ranks
+2 and 3 another one, and so on: between two such hosts messages go over the network.
 """
 
 import os
