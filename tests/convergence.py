@@ -115,6 +115,15 @@ def train(run, common, through=()):
     return result.metrics
 
 
+def check_runs(runs, sequences):
+    """Exit unless each RUN names a step and has so many sequences a step."""
+    for run in runs:
+        if sequences_of(run) != sequences:
+            sys.exit(f"error: {run}: {sequences_of(run)} sequences a step, not {sequences}")
+        if not (ROOT / run.split()[0] / "train.py").is_file():
+            sys.exit(f"error: {run}: no {run.split()[0]}/train.py; name a step's directory first")
+
+
 class Runs(Saved):
     """The metrics of runs, launched when first asked for."""
 
@@ -319,11 +328,7 @@ def main():
     base = options.baseline or base
     steps, learning_rate, *_ = BOUNDS[options.dtype]
     steps = options.steps or steps
-    for run in [base, *options.runs]:
-        if sequences_of(run) != options.sequences:
-            sys.exit(f"error: {run}: {sequences_of(run)} sequences a step, not {options.sequences}")
-        if not (ROOT / run.split()[0] / "train.py").is_file():
-            sys.exit(f"error: {run}: no {run.split()[0]}/train.py; name a step's directory first")
+    check_runs([base, *options.runs], options.sequences)
     common = COMMON.format(
         device=options.device,
         dtype=options.dtype,

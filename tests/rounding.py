@@ -1,34 +1,32 @@
-"""How far rounding takes the gradients of a step, for each way to split its batch.
+"""How far rounding takes the gradients of a step, for each layout and each split of its batch.
 
-    python tests/rounding.py 16x2 8x4 4x8
-    python tests/rounding.py 16x2 4x8 --after 40 --flags "--device cuda --seq_len 1024"
+    python tests/rounding.py "step3_dataloader --micro_batch_size 8" \\
+        "step4_tensor_parallel --tp_size 2 --micro_batch_size 8" --after 40 --flags "--seq_len 512"
 
-16x2 are two micro-batches of 16 sequences. After some steps of training in float32 the gradient of
-the next one is computed in float64 and in float32, with the same weights, once for each split. The
-table has, for each kind of tensor, the largest distance ‖float32 − float64‖ / ‖float64‖ of the
-layers' tensors.
+The first RUN trains some steps in float32. Then, with its weights, the gradient of the next step is
+computed by each RUN in float32, and by the first one in float64. The table has, for each kind of
+tensor, the largest distance ‖float32 − float64‖ / ‖float64‖ of the layers' tensors.
 """
 
 import argparse
 import re
 import sys
+import tempfile
+from pathlib import Path
 
-from convergence import BASELINE, ROOT
-from launch import machine, table
-from tqdm import trange
-
-sys.path.insert(0, str(ROOT / BASELINE))
-import train
-from dataloader import Batches
-from errors import UserError, stop
+import numpy as np
+import workers
+from convergence import ROOT, check_runs
+from harness import RankError, World, assemble
+from launch import machine, ranks_of, sequences_of, table
+from tqdm import tqdm
 
 
-def gradients(state, args):
-    """{name: gradient, in float64} of the next step, its batch split as args say."""
-    state.args, state.data = args, Batches(args, state.data.windows.tokens, state.device)
-    state.optimizer.zero_grad()
-    train.forward_backward(state)
-    return {parameter.global_name: parameter.grad.double() for parameter in state.parameters}
+def call(run, flags, function, *args):
+    """Full tensors {name: array} that a worker function gives for a RUN, called on its ranks."""
+    step, _, layout = run.partition(" ")
+    with World(ROOT / step, ranks_of(run)) as world:
+        return assemble(world.run(function, f"{flags} {layout}", *args, timeout=1200))
 
 
 def distances(found, exact):
@@ -36,50 +34,46 @@ def distances(found, exact):
     largest = {}
     for name, gradient in exact.items():
         kind = re.sub(r"layers\.\d+", "layers.*", name)
-        distance = ((found[name] - gradient).norm() / gradient.norm()).item()
+        distance = np.linalg.norm(found[name] - gradient) / np.linalg.norm(gradient)
         largest[kind] = max(largest.get(kind, 0), distance)
     return largest
 
 
-def measure(splits, after, flags):
-    """[distances of each split] after so many steps of training with the first one."""
-
-    def args_of(split, dtype):
-        size, _, count = split.partition("x")
-        sizes = ["--micro_batch_size", size, "--gradient_accumulation_steps", count]
-        return train.parse_args([*flags, *sizes, "--dtype", dtype])
-
-    args = [args_of(split, "float32") for split in splits]
-    if len({one.tokens_per_step for one in args}) > 1:
-        sys.exit(f"error: {' '.join(splits)}: not the same number of sequences; let them agree")
-    state = train.setup(args[0])
-    for _ in trange(after, disable=not sys.stderr.isatty()):
-        train.train_step(state)
-    train.pg.finish()  # the next one begins anew
-    exact = train.setup(args_of(splits[-1], "float64"))
-    exact.step = state.step
-    for parameter, weight in zip(exact.parameters, state.parameters, strict=True):
-        parameter.data.copy_(weight.data)
-    reference = gradients(exact, exact.args)
-    del exact
-    return [distances(gradients(state, one), reference) for one in args]
+def measure(runs, after, flags):
+    """[distances of each RUN] after so many steps of training with the first one."""
+    single, double = f"{flags} --dtype float32", f"{flags} --dtype float64"
+    # The compiler of torch 2.11 has no float64 for the norms of a wide model on CUDA.
+    double = re.sub(r"--compile( [a-z]\w*)?", "", double)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights.npz"
+        np.savez(weights, **call(runs[0], single, workers.weights_after, after))
+        exact = call(runs[0], double, workers.gradients_at, weights, after)
+        progress = tqdm(runs, unit="runs", disable=not sys.stderr.isatty())
+        return [
+            distances(call(run, single, workers.gradients_at, weights, after), exact)
+            for run in progress
+        ]
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("splits", nargs="+", metavar="SIZExCOUNT")
+    parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--after", type=int, default=10, help="steps of training before")
-    parser.add_argument("--flags", default="", help="of step 3, in quotes")
+    parser.add_argument("--flags", default="", help="further flags for every run, in quotes")
     options = parser.parse_args()
+    check_runs(options.runs, sequences_of(options.runs[0]))
     try:
-        found = measure(options.splits, options.after, options.flags.split())
-    except UserError as error:
-        stop(error)
+        found = measure(options.runs, options.after, options.flags)
+    except RankError as error:
+        words = str(error)
+        sys.exit(f"error: {words.partition('errors.UserError: ')[2] or words}")
     print(f"{machine()}, after {options.after} steps\n")
-    rows = [[kind, *(f"{split[kind]:.1e}" for split in found)] for kind in found[0]]
-    print(table(["gradient of", *options.splits], rows))
+    for number, run in enumerate(options.runs, 1):
+        print(f"{number}. {run}")
+    rows = [[kind, *(f"{run[kind]:.1e}" for run in found)] for kind in found[0]]
+    print("\n" + table(["gradient of", *range(1, len(found) + 1)], rows))
 
 
 if __name__ == "__main__":

@@ -107,13 +107,22 @@ def test_kept_curves_are_compared_on_any_machine(tmp_path, monkeypatch, capsys):
 
 
 def test_rounding_of_gradients():
-    arguments = ["--after", "1", "--flags", "--num_hidden_layers 2 --seq_len 8 --max_tokens 64"]
-    found = rows(command("rounding.py", "4x1", "1x4", *arguments))
+    flags = ["--after", "2", "--flags", "--num_hidden_layers 2 --seq_len 8 --max_tokens 128"]
+    split = "step3_dataloader --micro_batch_size 2 --gradient_accumulation_steps 4"
+    layouts = [
+        f"step9_4d --tp_size 2 --dp_size 2 --dp_engine {engine} --micro_batch_size 4"
+        for engine in ("zero1", "zero3")
+    ]
+    found = rows(
+        command("rounding.py", "step3_dataloader --micro_batch_size 8", split, *layouts, *flags)
+    )
     assert len(found) == 12  # two layers are one kind
     numbers = [float(cell) for row in found for cell in row[1:]]
-    assert len(numbers) == 24 and 1e-9 < min(numbers) and max(numbers) < 1e-5
-    assert "error: 4x1 1x5" in command("rounding.py", "4x1", "1x5", *arguments, code=1)
-    assert "error: argument --gradient_acc" in command("rounding.py", "4", *arguments, code=2)
+    assert len(numbers) == 48 and 1e-9 < min(numbers) and max(numbers) < 1e-5
+    words = command("rounding.py", split, "step3_dataloader --micro_batch_size 5", *flags, code=1)
+    assert "error: step3_dataloader --micro_batch_size 5: 5 sequences a step, not 8" in words
+    words = command("rounding.py", f"{split} --no_such_flag", *flags, code=1)
+    assert "unrecognized arguments: --no_such_flag" in words
 
 
 @pytest.mark.parametrize(

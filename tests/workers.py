@@ -6,6 +6,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from harness import pieces
 from torch.utils._python_dispatch import TorchDispatchMode  # the public way to see every operator
 
 RMS_SHAPES = [(1, 3), (3, 5), (2, 7, 33), (4, 128), (300, 17), (2, 3, 2049)]
@@ -116,6 +117,32 @@ class Dtypes(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 self.seen.setdefault(leaf.dtype, set()).add(str(function))
         return out
+
+
+def weights_after(argv, steps):
+    """Pieces of this rank's weights after some steps of training."""
+    import train
+
+    state = build(argv)
+    for _ in range(steps):
+        train.train_step(state)
+    return pieces(state.parameters, lambda p: p)
+
+
+def gradients_at(argv, weights, step):
+    """Pieces of the gradients of a step after `step` others, with the weights of an .npz file."""
+    import train
+
+    state = build(argv)
+    state.step = step
+    with np.load(weights) as full:
+        for p in state.parameters:
+            own = full[p.global_name][p.held].reshape(-1)[getattr(p, "piece", slice(None))]
+            p.data.copy_(torch.from_numpy(own).reshape(p.shape))
+    if hasattr(state, "engine"):
+        state.engine.finish_update()
+    train.forward_backward(state)
+    return pieces(state.parameters, lambda p: p.grad)
 
 
 def dtypes_of_a_step(argv):
