@@ -26,6 +26,7 @@ import math
 import re
 import statistics
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -224,7 +225,7 @@ def draw(reference, curves, path, base, title):
     bottom.set_ylabel("|difference of loss| to the baseline")
     bottom.set_xlabel("step")
     bottom.grid(alpha=0.3)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(textwrap.fill(title, 110), fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -256,19 +257,34 @@ def report(base, reference, others, dtype, where, figure):
     return not failed
 
 
+def kept_runs(paths):
+    """(dtype, flags, machines, {RUN: metrics}) of files of --save; exits if they do not fit."""
+    flags, machines, runs = None, [], {}
+    for path in paths:
+        try:
+            kept = json.loads(path.read_text())
+            own, where, theirs = kept["flags"], kept["machine"], kept["runs"]
+            dtype = re.findall(r"--dtype (\w+)", own)[-1]
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            sys.exit(f"error: --kept {path}: {error!r}; name a file that --save wrote")
+        if flags not in (None, own):
+            sys.exit(f"error: --kept {path}: of other flags than the files before; leave it out")
+        if machines:  # a run may be in several files
+            name = where.split(",")[0]
+            theirs = {f"{run} [{name}]" if run in runs else run: theirs[run] for run in theirs}
+        flags, machines, runs = own, [*machines, where], runs | theirs
+    return dtype, flags, " and ".join(machines), runs
+
+
 def report_kept(options):
-    """The same of what a file of --save keeps, on any machine."""
-    try:
-        kept = json.loads(options.kept.read_text())
-        runs, flags, where = kept["runs"], kept["flags"], kept["machine"]
-        dtype = re.findall(r"--dtype (\w+)", flags)[-1]
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        sys.exit(f"error: --kept {options.kept}: {error!r}; name a file that --save wrote")
+    """The same of what files of --save keep, on any machine."""
+    dtype, flags, where, runs = kept_runs(options.kept)
     base = options.baseline or next(iter(runs))
     others = options.runs or [run for run in runs if run != base]
     for run in [base, *others]:
         if run not in runs:
-            sys.exit(f"error: --kept {options.kept}: no run {run!r}; there is {', '.join(runs)}")
+            sys.exit(f"error: --kept: no run {run!r}; there is {', '.join(runs)}")
+    runs = {run: metrics[: options.steps] for run, metrics in runs.items()}
     print(f"{dtype}, {len(runs[base])} steps, {where}\nflags of all runs: {flags}\n")
     pairs = ((run, runs[run]) for run in others)
     return report(base, runs[base], pairs, dtype, where, options.figure)
@@ -281,7 +297,9 @@ def main():
     parser.add_argument("runs", nargs="*", metavar="RUN")
     parser.add_argument("--dtype", choices=BOUNDS, default="float64")
     parser.add_argument(
-        "--steps", type=int, help="default: 20 in float64, 200 in float32, 125 in bfloat16"
+        "--steps",
+        type=int,
+        help="default: 20 in float64, 200 in float32, 125 in bfloat16; of --kept, all",
     )
     parser.add_argument("--sequences", type=int, default=8, help="global batch size")
     parser.add_argument("--dataset_name", default="python-stdlib")
@@ -299,7 +317,10 @@ def main():
         "--save", type=Path, help="metrics go to this .json, and what is in it is not run again"
     )
     parser.add_argument(
-        "--kept", type=Path, help="compare what is in this file of --save, on any machine"
+        "--kept",
+        type=Path,
+        action="append",
+        help="compare what this file of --save has, on any machine; may be given again",
     )
     parser.add_argument("--baseline", metavar="RUN", help="what the others are compared with")
     parser.add_argument("--plant", help="a function of breaks.py, for every run but the baseline")

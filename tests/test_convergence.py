@@ -87,8 +87,9 @@ def test_kept_curves_are_compared_on_any_machine(tmp_path, monkeypatch, capsys):
     runs = {"a --tp_size 2": curve(2.0), "b": curve(2.0), "c --dp_size 3": curve(2.001)}
     kept.write_text(json.dumps({"flags": "--dtype float32", "machine": "M", "runs": runs}))
 
-    def main(*more):
-        monkeypatch.setattr("sys.argv", ["convergence.py", "--kept", str(kept), *more])
+    def main(*more, files=(kept,)):
+        words = [word for file in files for word in ("--kept", str(file))]
+        monkeypatch.setattr("sys.argv", ["convergence.py", *words, *more])
         with pytest.raises(SystemExit) as end:
             convergence.main()
         return end.value.code, rows(capsys.readouterr().out)
@@ -102,8 +103,19 @@ def test_kept_curves_are_compared_on_any_machine(tmp_path, monkeypatch, capsys):
     assert code == 1 and [row[0] for row in found] == ["c", "b"]
     assert main("--baseline", "b", "a --tp_size 2")[0] == 0
     assert "no run 'd'" in main("d")[0]
-    kept = convergence.ROOT / "assets" / "speed_4xH200.json"  # of benchmark.py
-    assert "name a file that --save wrote" in main()[0]
+    runs["c --dp_size 3"][0] = runs["b"][0]
+    kept.write_text(json.dumps({"flags": "--dtype float32", "machine": "M", "runs": runs}))
+    assert main()[0] == 1 and main("--steps", "1")[0] == 0
+    again = tmp_path / "again.json"  # of another machine
+    again.write_text(
+        json.dumps({"flags": "--dtype float32", "machine": "N", "runs": {"b": curve(3.0)}})
+    )
+    code, found = main("--baseline", "b", "b [N]", files=(kept, again))
+    assert code == 1 and found[1][:4] == ["b", "[N]", "1", "1.0e+00"]
+    again.write_text(json.dumps({"flags": "--dtype float64", "machine": "N", "runs": {}}))
+    assert "again.json: of other flags" in main(files=(kept, again))[0]
+    speed = convergence.ROOT / "assets" / "speed_4xH200.json"  # of benchmark.py
+    assert "name a file that --save wrote" in main(files=(speed,))[0]
 
 
 def test_rounding_of_gradients():
