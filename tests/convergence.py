@@ -117,13 +117,17 @@ def train(run, common, through=()):
     return result.metrics
 
 
-def check_runs(runs, sequences):
-    """Exit unless each RUN names a step and has so many sequences a step."""
+def check_runs(runs, sequences, flags=""):
+    """Exit unless each RUN, behind the flags, names a step and has so many sequences a step."""
     for run in runs:
-        if sequences_of(run) != sequences:
-            sys.exit(f"error: {run}: {sequences_of(run)} sequences a step, not {sequences}")
-        if not (ROOT / run.split()[0] / "train.py").is_file():
-            sys.exit(f"error: {run}: no {run.split()[0]}/train.py; name a step's directory first")
+        if (found := sequences_of(f"{flags} {run}")) != sequences:
+            sys.exit(
+                f"error: {run}: {found} sequences a step, not {sequences}; let --micro_batch_size, "
+                "--gradient_accumulation_steps and --dp_size multiply to that"
+            )
+        step = run.partition(" ")[0]
+        if not step or not (ROOT / step / "train.py").is_file():
+            sys.exit(f"error: {run}: no {step}/train.py; name a step's directory first")
 
 
 class Runs(Saved):
@@ -259,21 +263,25 @@ def report(base, reference, others, dtype, where, figure):
 
 
 def kept_runs(paths):
-    """(dtype, flags, machines, {RUN: metrics}) of files of --save; exits if they do not fit."""
+    """(dtype, flags, machines, {RUN: metrics}) of files that --save wrote.
+
+    Runs of later files get their machine behind the name. Exits if the files do not fit.
+    """
     flags, machines, runs = None, [], {}
     for path in paths:
         try:
             kept = json.loads(path.read_text())
             own, where, theirs = kept["flags"], kept["machine"], kept["runs"]
             dtype = re.findall(r"--dtype (\w+)", own)[-1]
-        except (OSError, ValueError, KeyError, IndexError) as error:
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             sys.exit(f"error: --kept {path}: {error!r}; name a file that --save wrote")
         if flags not in (None, own):
             sys.exit(f"error: --kept {path}: of other flags than the files before; leave it out")
-        if machines:  # a run may be in several files
-            name = where.split(",")[0]
-            theirs = {f"{run} [{name}]" if run in runs else run: theirs[run] for run in theirs}
-        flags, machines, runs = own, [*machines, where], runs | theirs
+        behind = f" [{where.split(',')[0]}]" if machines else ""
+        named = {run + behind: metrics for run, metrics in theirs.items()}
+        if not named or named.keys() & runs.keys():
+            sys.exit(f"error: --kept {path}: nothing new in it; leave it out")
+        flags, machines, runs = own, [*machines, where], runs | named
     return dtype, flags, " and ".join(machines), runs
 
 
@@ -281,14 +289,20 @@ def report_kept(options):
     """The same of what files of --save keep, on any machine."""
     dtype, flags, where, runs = kept_runs(options.kept)
     base = options.baseline or next(iter(runs))
-    others = options.runs or [run for run in runs if run != base]
-    for run in [base, *others]:
+    for run in [base, *options.runs]:
         if run not in runs:
             sys.exit(f"error: --kept: no run {run!r}; there is {', '.join(runs)}")
-    runs = {run: metrics[: options.steps] for run, metrics in runs.items()}
-    print(f"{dtype}, {len(runs[base])} steps, {where}\nflags of all runs: {flags}\n")
-    pairs = ((run, runs[run]) for run in others)
-    return report(base, runs[base], pairs, dtype, where, options.figure)
+    steps = options.steps or len(runs[base])
+    short = [run for run, metrics in runs.items() if len(metrics) < steps]
+    others = options.runs or [run for run in runs if run != base and run not in short]
+    for run in [base, *others]:
+        if run in short:
+            sys.exit(f"error: --kept: {run} has only {len(runs[run])} steps; lower --steps {steps}")
+    print(f"{dtype}, {steps} steps, {where}\nflags of all runs: {flags}\n")
+    if not options.runs and short:
+        print(f"left out, as they have fewer steps: {', '.join(short)}\n")
+    pairs = ((run, runs[run][:steps]) for run in others)
+    return report(base, runs[base][:steps], pairs, dtype, where, options.figure)
 
 
 def main():
@@ -327,6 +341,8 @@ def main():
     parser.add_argument("--plant", help="a function of breaks.py, for every run but the baseline")
     options = parser.parse_args()
 
+    if options.steps is not None and options.steps < 1:
+        sys.exit(f"error: --steps {options.steps}: choose 1 or more")
     if options.all_layouts:
         sys.exit(0 if print_all_layouts() else 1)
     if options.kept:

@@ -11,7 +11,10 @@ import benchmark
 import convergence
 import kernel_times
 import kernels
+import numpy as np
 import pytest
+import workers
+from harness import assemble, assert_close
 from launch import flag, launch, ranks_of, sequences_of
 
 TESTS = Path(__file__).parent
@@ -78,63 +81,104 @@ def test_runs_are_kept_over_calls(tmp_path, monkeypatch):
         convergence.Runs(tmp_path / "missing" / "runs.json", flags="--steps 2")
 
 
-def test_kept_curves_are_compared_on_any_machine(tmp_path, monkeypatch, capsys):
-    def curve(loss):
-        kept = {"grad_norm": 1.0, "tokens_per_second": 9.0}
-        return [{"step": step, "loss": loss, **kept} for step in (1, 2)]
+def keep(path, machine="M", dtype="float32", **losses):
+    """Write what --save would: runs by their names, each with its losses; `a2` has --tp_size 2."""
+    runs = {
+        re.sub(r"(\d)", r" --tp_size \1", name): [
+            {"step": step, "loss": loss, "grad_norm": 1.0, "tokens_per_second": 9.0}
+            for step, loss in enumerate(curve, 1)
+        ]
+        for name, curve in losses.items()
+    }
+    kept = {"flags": f"--dtype {dtype}", "machine": machine, "runs": runs}
+    path.write_text(json.dumps(kept))
+    return path
 
-    kept, figure = tmp_path / "kept.json", tmp_path / "curves.png"
-    runs = {"a --tp_size 2": curve(2.0), "b": curve(2.0), "c --dp_size 3": curve(2.001)}
-    kept.write_text(json.dumps({"flags": "--dtype float32", "machine": "M", "runs": runs}))
 
-    def main(*more, files=(kept,)):
+@pytest.fixture
+def compare_kept(monkeypatch, capsys):
+    """compare_kept(files, *arguments): the exit's code or words, and the rows of the table."""
+
+    def compare(files, *arguments):
         words = [word for file in files for word in ("--kept", str(file))]
-        monkeypatch.setattr("sys.argv", ["convergence.py", *words, *more])
+        monkeypatch.setattr("sys.argv", ["convergence.py", *words, *arguments])
         with pytest.raises(SystemExit) as end:
             convergence.main()
         return end.value.code, rows(capsys.readouterr().out)
 
-    code, (base, same, other) = main("--figure", str(figure))
+    return compare
+
+
+def test_kept_curves_are_compared_on_any_machine(tmp_path, compare_kept):
+    figure = tmp_path / "curves.png"
+    files = [keep(tmp_path / "kept.json", a2=(2.0, 2.0), b=(2.0, 2.0), c3=(2.0, 2.001), d=(2.0,))]
+    code, (base, same, other) = compare_kept(files, "--figure", str(figure))
     assert code == 1 and base[:3] == ["a", "--tp_size 2", "2"] and base[6] == "baseline"
     assert same[0] == "b" and same[6] == "ok"
-    assert other[:5] == ["c", "--dp_size 3", "3", "1.0e-03", "0.0e+00"] and other[6] == "OUTSIDE"
+    assert other[:5] == ["c", "--tp_size 3", "3", "1.0e-03", "0.0e+00"] and other[6] == "OUTSIDE"
     assert figure.read_bytes()[:4] == b"\x89PNG"
-    code, found = main("--baseline", "c --dp_size 3", "b")
+    code, found = compare_kept(files, "--baseline", "c --tp_size 3", "b")
     assert code == 1 and [row[0] for row in found] == ["c", "b"]
-    assert main("--baseline", "b", "a --tp_size 2")[0] == 0
-    assert "no run 'd'" in main("d")[0]
-    runs["c --dp_size 3"][0] = runs["b"][0]
-    kept.write_text(json.dumps({"flags": "--dtype float32", "machine": "M", "runs": runs}))
-    assert main()[0] == 1 and main("--steps", "1")[0] == 0
-    again = tmp_path / "again.json"  # of another machine
-    again.write_text(
-        json.dumps({"flags": "--dtype float32", "machine": "N", "runs": {"b": curve(3.0)}})
-    )
-    code, found = main("--baseline", "b", "b [N]", files=(kept, again))
+    assert compare_kept(files, "--baseline", "b", "a --tp_size 2")[0] == 0
+    code, found = compare_kept(files, "--steps", "1")
+    assert code == 0 and [row[0] for row in found] == ["a", "b", "c", "d"]
+    assert "no run 'e'" in compare_kept(files, "e")[0]
+    assert "d has only 1 steps; lower --steps 2" in compare_kept(files, "d")[0]
+    assert "choose 1 or more" in compare_kept(files, "--steps", "0")[0]
+
+
+def test_kept_files_are_compared_with_each_other(tmp_path, compare_kept):
+    first = keep(tmp_path / "first.json", a=(2.0,), b=(2.0,))
+    again = keep(tmp_path / "again.json", machine="N, and more", b=(3.0,))
+    code, found = compare_kept([first, again], "--baseline", "b", "b [N]")
     assert code == 1 and found[1][:4] == ["b", "[N]", "1", "1.0e+00"]
-    again.write_text(json.dumps({"flags": "--dtype float64", "machine": "N", "runs": {}}))
-    assert "again.json: of other flags" in main(files=(kept, again))[0]
+    assert "again.json: nothing new" in compare_kept([first, again, again])[0]
+    keep(again, dtype="float64", b=(3.0,))
+    assert "again.json: of other flags" in compare_kept([first, again])[0]
     speed = convergence.ROOT / "assets" / "speed_4xH200.json"  # of benchmark.py
-    assert "name a file that --save wrote" in main(files=(speed,))[0]
+    assert "name a file that --save wrote" in compare_kept([speed])[0]
+
+
+SMALL = "--num_hidden_layers 2 --seq_len 8 --max_tokens 256"
 
 
 def test_rounding_of_gradients():
-    flags = ["--after", "2", "--flags", "--num_hidden_layers 2 --seq_len 8 --max_tokens 128"]
+    flags = ["--after", "2", "--flags", SMALL]
+    whole = "step3_dataloader --micro_batch_size 8"
     split = "step3_dataloader --micro_batch_size 2 --gradient_accumulation_steps 4"
-    layouts = [
-        f"step9_4d --tp_size 2 --dp_size 2 --dp_engine {engine} --micro_batch_size 4"
-        for engine in ("zero1", "zero3")
-    ]
-    found = rows(
-        command("rounding.py", "step3_dataloader --micro_batch_size 8", split, *layouts, *flags)
-    )
-    assert len(found) == 12  # two layers are one kind
-    numbers = [float(cell) for row in found for cell in row[1:]]
-    assert len(numbers) == 48 and 1e-9 < min(numbers) and max(numbers) < 1e-5
-    words = command("rounding.py", split, "step3_dataloader --micro_batch_size 5", *flags, code=1)
-    assert "error: step3_dataloader --micro_batch_size 5: 5 sequences a step, not 8" in words
-    words = command("rounding.py", f"{split} --no_such_flag", *flags, code=1)
-    assert "unrecognized arguments: --no_such_flag" in words
+    found = rows(command("rounding.py", f"{whole} --dtype float64", split, *flags))
+    assert found[0][0] == "loss" and len(found) == 13  # two layers are one kind
+    numbers = [float(cell) for row in found[1:] for cell in row[1:]]
+    assert len(numbers) == 24 and 1e-9 < min(numbers) and max(numbers) < 1e-5
+    wrong = {
+        "step3_dataloader --micro_batch_size 5": "5 sequences a step, not 8",
+        f"{whole} --seed 1": "another model or batch",
+        f"{whole} --num_hidden_layers 1": "another model or batch",
+        f"{whole} --no_such_flag": "unrecognized arguments: --no_such_flag",
+        "": "4 sequences a step, not 8",
+    }
+    for run, words in wrong.items():
+        assert words in command("rounding.py", whole, run, *flags, code=1)
+    assert "choose 0 or more" in command("rounding.py", whole, "--after=-1", code=1)
+
+
+@pytest.mark.steps(9, 9)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "--tp_size 2 --cp_size 2 --micro_batch_size 2 --gradient_accumulation_steps 4",
+        "--dp_size 4 --dp_engine zero1 --micro_batch_size 2",
+        "--dp_size 2 --dp_engine zero3 --pp_size 2 --micro_batch_size 2 "
+        "--gradient_accumulation_steps 2 --tie_word_embeddings yes",
+    ],
+)
+def test_rounding_takes_up_training_where_it_stopped(step_dir, train_on, worlds, tmp_path, layout):
+    argv = f"--num_hidden_layers 4 --seq_len 16 --dtype float64 {layout}"
+    run, world = train_on(step_dir, 4, argv, 3), worlds(step_dir, 4)
+    np.savez(tmp_path / "w.npz", **assemble(world.run(workers.weights_after, argv, 2)))
+    found = assemble(world.run(workers.gradients_at, argv, tmp_path / "w.npz", 2))
+    assert abs(found.pop("loss") - run.metrics[2]["loss"]) < 1e-10
+    assert_close(run.gradients[2], found, "gradient of the third step")
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,10 @@ def weights_after(argv, steps):
 
 
 def gradients_at(argv, weights, step):
-    """Pieces of the gradients of a step after `step` others, with the weights of an .npz file."""
+    """Pieces of a step's gradients, and its loss, with the weights of an .npz file.
+
+    step: how many there were before.
+    """
     import train
 
     state = build(argv)
@@ -141,8 +144,9 @@ def gradients_at(argv, weights, step):
             p.data.copy_(torch.from_numpy(own).reshape(p.shape))
     if hasattr(state, "engine"):
         state.engine.finish_update()
-    train.forward_backward(state)
-    return pieces(state.parameters, lambda p: p.grad)
+    loss = train.forward_backward(state).detach().double().cpu().numpy()
+    whole = "loss", (), (), slice(None), loss
+    return [whole, *pieces(state.parameters, lambda p: p.grad)]
 
 
 def dtypes_of_a_step(argv):
