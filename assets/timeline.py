@@ -56,16 +56,20 @@ def steps_of(ranks):
     return micro_batches, list(zip(*steps, strict=True))
 
 
+def passes_of(rows):
+    """(start, end) of all passes of a step, whichever rank had them."""
+    return [span[1:] for spans in rows for span in spans if span[0] != "wait"]
+
+
 def idle_share(rows):
     """The share of a step, from its first pass to its last, in which ranks computed nothing."""
-    begun, ended = min(spans[0][1] for spans in rows), max(spans[-1][2] for spans in rows)
-    passes = [end - start for spans in rows for name, start, end in spans if name != "wait"]
-    return 1 - sum(passes) / ((ended - begun) * len(rows))
+    starts, ends = zip(*passes_of(rows), strict=True)
+    return 1 - (sum(ends) - sum(starts)) / ((max(ends) - min(starts)) * len(rows))
 
 
 def draw(rows, title):
     """A figure of one step."""
-    begun = min(start for spans in rows for name, start, _ in spans if name != "wait")
+    begun = min(start for start, _ in passes_of(rows))
     figure, axes = plt.subplots(figsize=(11, 0.55 * len(rows) + 1.1))
     for rank, spans in enumerate(rows):
         count = dict.fromkeys(COLOURS, 0)
