@@ -39,10 +39,22 @@ def test_a_lesson_has_its_sections_in_order(path):
     assert readme.blocks(path), "nothing to run"
 
 
+def script(name):
+    """A script of assets/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "assets" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_idle_time_counts_from_the_first_pass_to_the_last():
+    first = [("wait", 0, 5), ("forward", 5, 6), ("wait", 6, 9), ("backward", 9, 15)]
+    last = [("wait", 3, 6), ("forward", 6, 7), ("backward", 7, 9)]
+    assert script("timeline").idle_share([first, last]) == 1 - 10 / (2 * 10)
+
+
 def test_figures_are_drawn_by_code(tmp_path):
-    spec = importlib.util.spec_from_file_location("figures", ROOT / "assets" / "figures.py")
-    figures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(figures)
+    figures = script("figures")
     drawn = {path.name for path in figures.draw_all(tmp_path)}
     shown = {
         name for path in READMES for name in re.findall(r"assets/(\w+\.png)", path.read_text())
