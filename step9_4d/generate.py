@@ -93,7 +93,7 @@ class Cache:
 
 
 def next_logits(model, group, tokens, positions):
-    """Logits of what comes after the last token, [vocab] in float32 or better, on every rank."""
+    """Logits of what comes after the last token, [vocab] in float64, on every rank."""
     x = model.model(tokens, positions)[:, -1:]  # [1, 1, hidden]
     mine = model.lm_head(x).flatten()  # [vocab / tp]
     logits = torch.zeros(model.model.config.vocab_size, device=x.device, dtype=torch.float64)
