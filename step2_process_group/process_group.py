@@ -7,6 +7,7 @@ Source: Megatron-LM (arXiv:2104.04473), section 3.
 """
 
 import os
+import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -77,7 +78,13 @@ class Group:
     axis: str  # "tp", or "dp_cp" for axes taken together
     ranks: tuple  # global ranks in order
     rank: int  # place of this rank in `ranks`
-    handle: object  # the torch.distributed group; None for a group of one
+    # To the torch.distributed group, None for a group of one. Only torch keeps it, until `finish`:
+    # if one is left when Python ends, the threads of gloo abort the process.
+    pointer: weakref.ref
+
+    @property
+    def handle(self):
+        return self.pointer and self.pointer()
 
     @property
     def size(self):
@@ -114,8 +121,8 @@ class Mesh:
     @property
     def world(self):
         """All ranks; the first of them speaks for all."""
-        handle = dist.group.WORLD
-        return Group("world", tuple(range(self.grid.numel())), self.rank, handle)
+        pointer = weakref.ref(dist.group.WORLD)
+        return Group("world", tuple(range(self.grid.numel())), self.rank, pointer)
 
     def group(self, *axes):
         """The ranks that differ from this one along `axes` only, made when first asked for.
@@ -132,8 +139,10 @@ class Mesh:
             lines = lines.reshape(-1, torch.Size(count).numel()).tolist()
             ranks = next(line for line in lines if self.rank in line)
             # Each rank makes its own line only, without a barrier of the whole world.
-            handle = dist.new_group(ranks, use_local_synchronization=True) if ranks[1:] else None
-            self.groups[axes] = Group("_".join(axes), tuple(ranks), ranks.index(self.rank), handle)
+            pointer = None
+            if ranks[1:]:
+                pointer = weakref.ref(dist.new_group(ranks, use_local_synchronization=True))
+            self.groups[axes] = Group("_".join(axes), tuple(ranks), ranks.index(self.rank), pointer)
         return self.groups[axes]
 
     def __str__(self):

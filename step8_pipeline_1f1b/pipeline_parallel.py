@@ -11,6 +11,7 @@ Sources: GPipe (arXiv:1811.06965), section 2.3; PipeDream-Flush (arXiv:2006.0950
 """
 
 import collections
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -83,10 +84,10 @@ def apply_pipeline_parallel(model, group):
         ends = (group.ranks[0], group.ranks[-1])
         own = group.ranks[group.rank]
         ranks = ends if own in ends else (own,)
-        handle = dist.new_group(ranks, use_local_synchronization=True)
+        pointer = weakref.ref(dist.new_group(ranks, use_local_synchronization=True))
         for weight in model.parameters():
             if weight.global_name == "model.embed_tokens.weight":
-                weight.shared = pg.Group("ends", ends, int(group.is_last), handle)
+                weight.shared = pg.Group("ends", ends, int(group.is_last), pointer)
                 weight.counted &= group.is_first
 
 
