@@ -383,6 +383,49 @@ def slow_steps(train):
     before(train, "train_step", lambda: time.sleep(0.25))
 
 
+# --- no mistakes: without what makes a step fast --------------------------------------------------
+
+
+def layers_fetched_when_needed(train):
+    """zero3 without the gather of the next layer beside the computation of this one."""
+    from zero import Zero3
+
+    fetch = Zero3.fetch
+    Zero3.fetch = lambda self, *buckets, ahead: fetch(self, *buckets, ahead=None)
+
+
+def sends_waited_for(train):
+    """A stage does not compute while what it has sent is on its way."""
+    stage = train.Stage
+    talk = stage.talk
+
+    def patient(self, *args, **kwargs):
+        arrived = talk(self, *args, **kwargs)
+        self.finish_sends()
+        return arrived
+
+    stage.talk = patient
+
+
+def host_waits_for_micro_batches(train):
+    """What reading a micro-batch's loss does: the host prepares nothing while the GPU computes."""
+    import torch
+
+    def spoil(state, forward_backward):
+        micro_batches = state.data.micro_batches
+
+        def waiting(step):
+            for micro_batch in micro_batches(step):
+                yield micro_batch
+                if state.device.type == "cuda":
+                    torch.cuda.synchronize()
+
+        with patch.object(state.data, "micro_batches", waiting):
+            return forward_backward(state)
+
+    instead(train, spoil)
+
+
 # --- deaths ---------------------------------------------------------------------------------------
 
 

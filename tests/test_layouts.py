@@ -309,3 +309,18 @@ def test_a_mistake_of_pipelines_is_noticed(step_dir, train_on, mistake, flags, s
     with pytest.raises(AssertionError, match=seen_in):
         spoiled = train_on(step_dir, ranks_of(flags), SHAPE + flags, 2, break_it=mistake)
         spoiled.assert_same_as(train_on(step_dir, 1, whole, 2))
+
+
+@pytest.mark.steps(9, 9)
+@pytest.mark.parametrize(
+    "without, flags",
+    [
+        ("layers_fetched_when_needed", "--dp_size 2 --dp_engine zero3 --micro_batch_size 2"),
+        ("sends_waited_for", "--pp_size 2 --pp_engine afab --micro_batch_size 4"),
+        ("host_waits_for_micro_batches", "--micro_batch_size 4"),
+    ],
+)
+def test_what_makes_a_step_fast_changes_no_number(step_dir, train_on, without, flags):
+    argv = SHAPE + f"--gradient_accumulation_steps 2 {flags}"
+    fast = train_on(step_dir, ranks_of(flags), argv, 2)
+    train_on(step_dir, ranks_of(flags), argv, 2, break_it=without).assert_same_as(fast)
