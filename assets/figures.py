@@ -1,5 +1,6 @@
 """Draw the figures of the READMEs: `python assets/figures.py [folder]`."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -594,9 +595,9 @@ def rectangles():
 
     def split(start, stop):
         """`resharding.rectangles` for rows of 6, as (row, column, height, width)."""
-        row_end = min(-(-start // 6) * 6, stop)
-        row_start = max(stop // 6 * 6, row_end)
-        for a, b in zip([start, row_end, row_start], [row_end, row_start, stop], strict=True):
+        whole_start = min(-(-start // 6) * 6, stop)
+        whole_stop = max(stop // 6 * 6, whole_start)
+        for a, b in itertools.pairwise([start, whole_start, whole_stop, stop]):
             if a < b:
                 height = max(1, (b - a) // 6)
                 yield a // 6, a % 6, height, (b - a) // height

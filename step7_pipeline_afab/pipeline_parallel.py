@@ -8,6 +8,7 @@ Source: GPipe (arXiv:1811.06965), section 2.3.
 """
 
 import collections
+import math
 import weakref
 
 import torch
@@ -49,9 +50,9 @@ def deal_layers(config, stages):
     best = {0: (0, [])}
     for stage in range(stages):
         reached = {}
-        for start, (largest, ends) in best.items():
+        for start, (largest, dealt) in best.items():
             for stop in range(start + 1, layers + 1):
-                found = max(largest, cost(stage, start, stop)), [*ends, range(start, stop)]
+                found = max(largest, cost(stage, start, stop)), [*dealt, range(start, stop)]
                 if stop not in reached or found[0] < reached[stop][0]:
                     reached[stop] = found
         best = reached
@@ -77,7 +78,8 @@ def apply_pipeline_parallel(model, group):
         model.cross_entropy = lambda activations, targets: activations
     if model.model.config.tie_word_embeddings:
         # The first and the last stage hold the same weight, and will add up its gradients. A stage
-        # in between makes a group too, of itself: torch names groups by how many there are.
+        # in between makes a group too, of itself: torch numbers a rank's groups, and the numbers
+        # must stay the same on all.
         ends = (group.ranks[0], group.ranks[-1])
         own = group.ranks[group.rank]
         ranks = ends if own in ends else (own,)
@@ -95,6 +97,12 @@ def sum_shared_gradients(parameters):
             pg.all_reduce(parameter.grad, parameter.shared)
 
 
+def message_shape(args):
+    """Of what a stage sends: [micro-batch, the part of the sequence that a rank has, hidden]."""
+    parts = args.cp_size * (args.tp_size if args.sequence_parallel else 1)
+    return args.micro_batch_size, args.seq_len // parts, args.config.hidden_size
+
+
 class Stage:
     """A rank's part of the model, and its way of talking to the stages before and after."""
 
@@ -102,8 +110,7 @@ class Stage:
         self.model, self.engine, self.device, self.group = model, engine, device, group
         self.before = None if group.is_first else group.previous
         self.after = None if group.is_last else group.next
-        parts = args.cp_size * (args.tp_size if args.sequence_parallel else 1)
-        self.shape = args.micro_batch_size, args.seq_len // parts, args.config.hidden_size
+        self.shape = message_shape(args)
         self.micro_batches = args.gradient_accumulation_steps
         self.timeline = Timeline(args.timeline, device)
         # Of each micro-batch that has not gone backward yet: its input, and the edge where the
@@ -211,8 +218,7 @@ def all_forward_all_backward(stage, micro_batches):
 def pipeline_parallel_traffic(args, group, parameters):
     """What this stage sends in a step: rows of (axis, collective, calls, bytes)."""
     number = {"bfloat16": 2, "float32": 4, "float64": 8}[args.dtype]
-    parts = args.cp_size * (args.tp_size if args.sequence_parallel else 1)
-    size = args.micro_batch_size * args.seq_len // parts * args.config.hidden_size * number
+    size = math.prod(message_shape(args)) * number
     ways = (not group.is_first) + (not group.is_last)  # gradients back, activations on
     rows = [("pp", "send", ways * args.gradient_accumulation_steps, size)] if ways else []
     shared = [p for p in parameters if hasattr(p, "shared")]

@@ -52,7 +52,7 @@ def read_about(flag, path):
     try:
         about = json.loads((path / "checkpoint.json").read_text())
         sizes = {name: (path / name).stat().st_size for name in about["files"]}
-        _ = [about[key] for key in ("step", "flags", "model", "tokenizer", "dtype")]
+        _ = [about[key] for key in ("step", "flags", "model", "tokenizer", "dtype")]  # all there
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{flag} {path}: {in_one_line(error)}: {remedy}") from None
     for name, size in about["files"].items():

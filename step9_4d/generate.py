@@ -102,8 +102,9 @@ def next_logits(model, group, tokens, positions):
 
 
 def sample(logits, temperature, top_k, generator):
-    """A symbol drawn from softmax(logits / temperature) over the top_k largest; 0 of either: see
-    the flags. logits: [vocab].
+    """A symbol drawn from softmax(logits / temperature) over the top_k largest.
+
+    logits: [vocab]. With temperature 0 the likeliest; with top_k 0 over all.
     """
     if temperature == 0:
         return int(logits.argmax())
@@ -123,13 +124,15 @@ def generate(model, group, prompt, args, end):
     generator = torch.Generator().manual_seed(args.seed)
     for layer in model.model.layers.values():
         layer.self_attn.attention = Cache(len(prompt) + args.max_new_tokens)
-    tokens, new = [], prompt
-    while len(tokens) < args.max_new_tokens and end not in tokens[-1:]:
-        start = len(prompt) + len(tokens) - len(new)
+    tokens, start, new = [], 0, prompt
+    for _ in range(args.max_new_tokens):
         positions = torch.arange(start, start + len(new), device=device)
         logits = next_logits(model, group, torch.tensor([new], device=device), positions)
+        start += len(new)
         new = [sample(logits, args.temperature, args.top_k, generator)]
         tokens += new
+        if new == [end]:
+            break
     return tokens
 
 

@@ -61,6 +61,7 @@ def check_save_hf(directory):
 def check_tokenizer(args, world):
     """Let the first rank open the tokenizer that --save_hf needs at the end; raises UserError."""
     if args.save_hf is not None:
+        # Nothing is sent to the others but an error.
         pg.from_first(world, lambda: load_tokenizer(tokenizer_of(args)) and None)
 
 

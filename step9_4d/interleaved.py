@@ -58,6 +58,7 @@ def passes_of(rank, ranks, chunks, count):
     A rank runs ahead by the chunks before its last one, and by twice its distance from the end:
     once would do if messages took no time. Then one forward, one backward.
     """
+    # An evaluation has one micro-batch: a round that is not full.
     rounds = [range(start, min(start + ranks, count)) for start in range(0, count, ranks)]
 
     def in_order(kind, order):
@@ -67,7 +68,8 @@ def passes_of(rank, ranks, chunks, count):
     backward = in_order("backward", range(chunks)[::-1])
     ahead = min(len(forward), (chunks - 1) * ranks + 2 * (ranks - rank - 1))
     both = zip(forward[ahead:], backward, strict=False)
-    return [*forward[:ahead], *(one for pair in both for one in pair), *backward[-ahead:]]
+    left = backward[len(forward) - ahead :]
+    return [*forward[:ahead], *(one for pair in both for one in pair), *left]
 
 
 def enables(one, ranks, chunks):
@@ -120,14 +122,12 @@ class Interleaved:
     """A rank's chunks, each a `Stage`, and the plan that they follow."""
 
     def __init__(self, args, model, group, engine, device):
-        self.group, self.count = group, args.gradient_accumulation_steps
-        self.stages = []
+        self.group, self.stages = group, []
         for index in range(args.pp_chunks):
             is_first = group.is_first and index == 0
             is_last = group.is_last and index == args.pp_chunks - 1
             chunk = chunk_of(model, index, is_first, is_last)
             self.stages.append(stage := Stage(args, chunk, group, engine, device))
-            stage.before = None if is_first else group.previous
             stage.after = None if is_last else group.next
             stage.timeline = self.stages[0].timeline
         self.timeline = self.stages[0].timeline
@@ -148,7 +148,7 @@ class Interleaved:
     def follow(self, micro_batches, backward=True):
         """Do the passes of a plan, and after each tick post the messages that it makes, together.
 
-        They are waited for where they are needed, and some ticks later, so that memory is free.
+        Each is waited for where it is needed, or some ticks on, so that what it sent is freed.
         """
         ranks, chunks, me = self.group.size, len(self.stages), self.group.rank
         arriving, posted = {}, collections.deque()

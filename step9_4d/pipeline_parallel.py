@@ -11,6 +11,7 @@ Sources: GPipe (arXiv:1811.06965), section 2.3; PipeDream-Flush (arXiv:2006.0950
 """
 
 import collections
+import math
 import weakref
 
 import torch
@@ -52,9 +53,9 @@ def deal_layers(config, stages):
     best = {0: (0, [])}
     for stage in range(stages):
         reached = {}
-        for start, (largest, ends) in best.items():
+        for start, (largest, dealt) in best.items():
             for stop in range(start + 1, layers + 1):
-                found = max(largest, cost(stage, start, stop)), [*ends, range(start, stop)]
+                found = max(largest, cost(stage, start, stop)), [*dealt, range(start, stop)]
                 if stop not in reached or found[0] < reached[stop][0]:
                     reached[stop] = found
         best = reached
@@ -84,7 +85,8 @@ def apply_pipeline_parallel(model, group, chunks=1):
         model.cross_entropy = lambda activations, targets: activations
     if model.model.config.tie_word_embeddings:
         # The first and the last stage hold the same weight, and will add up its gradients. A stage
-        # in between makes a group too, of itself: torch names groups by how many there are.
+        # in between makes a group too, of itself: torch numbers a rank's groups, and the numbers
+        # must stay the same on all.
         ends = (group.ranks[0], group.ranks[-1])
         own = group.ranks[group.rank]
         ranks = ends if own in ends else (own,)
@@ -102,6 +104,12 @@ def sum_shared_gradients(parameters):
             pg.all_reduce(parameter.grad, parameter.shared)
 
 
+def message_shape(args):
+    """Of what a stage sends: [micro-batch, the part of the sequence that a rank has, hidden]."""
+    parts = args.cp_size * (args.tp_size if args.sequence_parallel else 1)
+    return args.micro_batch_size, args.seq_len // parts, args.config.hidden_size
+
+
 class Stage:
     """A rank's part of the model, and its way of talking to the stages before and after."""
 
@@ -109,8 +117,7 @@ class Stage:
         self.model, self.engine, self.device, self.group = model, engine, device, group
         self.before = None if group.is_first else group.previous
         self.after = None if group.is_last else group.next
-        parts = args.cp_size * (args.tp_size if args.sequence_parallel else 1)
-        self.shape = args.micro_batch_size, args.seq_len // parts, args.config.hidden_size
+        self.shape = message_shape(args)
         self.micro_batches = args.gradient_accumulation_steps
         # One stage alone: each micro-batch goes backward at once, as without a pipeline.
         self.schedule = args.pp_engine if group.size > 1 else "1f1b"
@@ -221,10 +228,10 @@ def one_forward_one_backward(stage, micro_batches):
         x = stage.talk(stage.before, receive=True)
         stage.talk(stage.after, send=stage.forward(x, next(micro_batches)))
     x = stage.talk(stage.before, receive=True) if steady else None
-    for micro_batch, left in zip(micro_batches, reversed(range(steady)), strict=True):
+    for done, micro_batch in enumerate(micro_batches, 1):
         out = stage.forward(x, micro_batch)
         grad = stage.talk(stage.after, send=out, receive=True)
-        x = stage.talk(stage.before, send=stage.backward(grad), receive=left > 0)
+        x = stage.talk(stage.before, send=stage.backward(grad), receive=done < steady)
     for _ in range(ahead):  # cool-down
         grad = stage.talk(stage.after, receive=True)
         stage.talk(stage.before, send=stage.backward(grad))
@@ -236,8 +243,7 @@ SCHEDULES = {"afab": all_forward_all_backward, "1f1b": one_forward_one_backward}
 def pipeline_parallel_traffic(args, group, parameters):
     """What this stage sends in a step: rows of (axis, collective, calls, bytes)."""
     number = {"bfloat16": 2, "float32": 4, "float64": 8}[args.dtype]
-    parts = args.cp_size * (args.tp_size if args.sequence_parallel else 1)
-    size = args.micro_batch_size * args.seq_len // parts * args.config.hidden_size * number
+    size = math.prod(message_shape(args)) * number
     ways = 2 * args.pp_chunks - group.is_first - group.is_last  # gradients back, activations on
     calls = ways * args.gradient_accumulation_steps
     rows = [("pp", "send", calls, size)] if group.size > 1 else []

@@ -12,7 +12,19 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import metadata, planner, planner_helpers
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from errors import UserError, in_one_line
 
@@ -28,9 +40,9 @@ def rectangles(parameter):
     first = [held.start for held in parameter.held]
     width = parameter.held[-1].stop - first[-1]
     piece = getattr(parameter, "piece", slice(0, parameter.numel()))
-    row_end = min(-(-piece.start // width) * width, piece.stop)
-    row_start = max(piece.stop // width * width, row_end)
-    for start, stop in itertools.pairwise([piece.start, row_end, row_start, piece.stop]):
+    whole_start = min(-(-piece.start // width) * width, piece.stop)
+    whole_stop = max(piece.stop // width * width, whole_start)
+    for start, stop in itertools.pairwise([piece.start, whole_start, whole_stop, piece.stop]):
         if start < stop:
             rows = max(1, (stop - start) // width)
             corner, sizes = divmod(start, width), (rows, (stop - start) // rows)
@@ -65,14 +77,12 @@ class SavePlanner(dcp.DefaultSavePlanner):
         items = []
         for key, tensor in self.state_dict.items():
             for offsets, view in tensor.parts.items():
-                chunk = metadata.ChunkStorageMetadata(offsets, view.shape)
-                properties = metadata.TensorProperties.create_from_tensor(view)
-                data = planner.TensorWriteData(chunk, properties, tensor.shape)
-                index = metadata.MetadataIndex(key, offsets)
-                items.append(
-                    planner.WriteItem(index, planner.WriteItemType.SHARD, tensor_data=data)
-                )
-        return planner.SavePlan(items)
+                chunk = ChunkStorageMetadata(offsets, view.shape)
+                properties = TensorProperties.create_from_tensor(view)
+                data = TensorWriteData(chunk, properties, tensor.shape)
+                index = MetadataIndex(key, offsets)
+                items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        return SavePlan(items)
 
     def resolve_data(self, item):
         """The tensor that one of those items writes."""
@@ -90,13 +100,10 @@ class LoadPlanner(dcp.DefaultLoadPlanner):
         """What this rank wants: an item for each overlap of a part of its own with a stored one."""
         items = []
         for key, tensor in self.state_dict.items():
-            chunks = [
-                metadata.ChunkStorageMetadata(offsets, view.shape)
-                for offsets, view in tensor.parts.items()
-            ]
+            mine = [ChunkStorageMetadata(at, view.shape) for at, view in tensor.parts.items()]
             stored = self.metadata.state_dict_metadata[key]
-            items += planner_helpers.create_read_items_for_chunk_list(key, stored, chunks)
-        return planner.LoadPlan(items)
+            items += create_read_items_for_chunk_list(key, stored, mine)
+        return LoadPlan(items)
 
     def lookup_tensor(self, index):
         """Where to put what one such item reads."""
@@ -147,11 +154,10 @@ def write_tensors(tensors, directory):
 
 def read_tensors(tensors, directory, no_dist=False):
     """Fill this rank's parts, with no_dist without the other ranks; raises UserError."""
-    plan = LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     reader = dcp.FileSystemReader(directory)
     with in_our_words(directory), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # it warns of no_dist
-        dcp.load(tensors, storage_reader=reader, planner=plan, no_dist=no_dist)
+        dcp.load(tensors, storage_reader=reader, planner=LoadPlanner(), no_dist=no_dist)
 
 
 def read_weights(model, directory, no_dist=False):

@@ -142,7 +142,7 @@ class State:
     mesh: pg.Mesh
     model: Llama
     engine: Naive  # or one that extends it
-    stage: Stage
+    stage: Stage  # or Interleaved
     parameters: list  # what the optimizer works on
     optimizer: torch.optim.Optimizer
     data: Batches
@@ -157,13 +157,13 @@ def setup(args):
     mesh = pg.Mesh(args.tp_size, args.cp_size, args.dp_size, args.pp_size)
     tokens = load_tokens(args, mesh.world, device)  # before the model: it may find a wrong name
     check_tokenizer(args, mesh.world)
+    args.resume = pg.from_first(mesh.world, lambda: args.resume)  # one checkpoint for all
 
     with torch.device("meta"):  # no memory yet: a rank will hold only its own part
         model = Llama(args.config, DTYPES[args.dtype], args.activation_checkpointing)
     apply_tensor_parallel(model, mesh.group("tp"), args.sequence_parallel)
     apply_context_parallel(model, mesh.group("cp"), args.compile)
     apply_pipeline_parallel(model, mesh.group("pp"), args.pp_chunks)
-    args.resume = pg.from_first(mesh.world, lambda: args.resume)  # one checkpoint for all
     loads = args.resume or args.load_hf
     materialize(model, None if loads else args.seed, device)
     if args.load_hf and not args.resume:

@@ -1215,7 +1215,7 @@ def bubble(argv, seconds):
     weight = torch.ones((), requires_grad=True)
 
     def sleepy(chunk, x, targets, positions):
-        x = torch.zeros(chunk.shape) if chunk.before is None else x
+        x = torch.zeros(chunk.shape) if chunk is chunks[0] and chunk.group.is_first else x
         out = Sleep.apply(x * weight, seconds / len(chunks))
         return out.sum() if chunk.after is None else out
 
