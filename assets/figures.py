@@ -319,7 +319,7 @@ def engines():
     whole = [(True, True, True), (True, True, False), (True, False, False), (False, False, False)]
     totals = [
         "16 N",
-        "8 N + 8 N/4 = 10 N",
+        "8 N + 12 N/4 = 11 N,\nthen 7 N",
         "4 N + 12 N/4 = 7 N",
         "16 N/4 = 4 N",
     ]

@@ -22,7 +22,7 @@ import process_group as pg
 class Naive:
     """Weights, gradients and optimizer state are whole on every rank."""
 
-    axes = ()  # that the parameters the optimizer works on are cut along
+    axes = ()  # of the mesh, along which `parameters` are cut
 
     def __init__(self, model, group):
         self.group = group
@@ -55,23 +55,24 @@ class Bucket:
         self.parameters, self.group = parameters, group
         ends = list(itertools.accumulate(p.numel() for p in parameters))
         self.ranges = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-        self.share = -(-ends[-1] // group.size)  # elements a rank, rounded up
-        self.mine = slice(group.rank * self.share, (group.rank + 1) * self.share)
+        shard = -(-ends[-1] // group.size)  # elements a rank, rounded up
+        self.mine = slice(group.rank * shard, (group.rank + 1) * shard)
+        self.length = shard * group.size
         self.dtype = parameters[0].dtype
-        self.nbytes = self.share * group.size * self.dtype.itemsize
+        self.nbytes = self.length * self.dtype.itemsize
         self.missing = len(parameters)  # gradients of the current backward pass
 
     @torch.no_grad()
     def vector(self, tensors):
-        """Tensors shaped like the parameters, one after the other: a new vector [share * ranks].
+        """Tensors shaped like the parameters, one after the other: a new vector [length].
 
         Its dtype is that of the weights as they were made.
         """
-        padding = tensors[0].new_zeros(self.share * self.group.size - self.ranges[-1].stop)
+        padding = tensors[0].new_zeros(self.length - self.ranges[-1].stop)
         return torch.cat([*(tensor.flatten() for tensor in tensors), padding]).to(self.dtype)
 
     def hold(self, weights):
-        """Let the parameters be the pieces of a vector [share * ranks] of their weights."""
+        """Let the parameters be the pieces of a vector [length] of their weights."""
         self.weights = weights
         for parameter, view in zip(self.parameters, self.views(weights), strict=True):
             parameter.data = view
@@ -79,7 +80,7 @@ class Bucket:
     def gradients(self):
         """Those of the parameters in a vector; one alone that needs no padding is at most cast."""
         found = [parameter.grad for parameter in self.parameters]
-        whole = len(found) == 1 and found[0].numel() == self.share * self.group.size
+        whole = len(found) == 1 and found[0].numel() == self.length
         return found[0].flatten().to(self.dtype) if whole else self.vector(found)
 
     def views(self, vector):
@@ -90,8 +91,8 @@ class Bucket:
     def pieces(self, weights, gradients):
         """What this rank's shard has of each parameter, as parameters for the optimizer.
 
-        weights, gradients: [share]. A piece carries the tags of the whole parameter and `piece`,
-        its slice of the flattened one.
+        weights, gradients: [length / ranks]. A piece carries the tags of the whole parameter, and
+        in `piece` which slice of the flattened one it is.
         """
         found = []
         for place, parameter in zip(self.ranges, self.parameters, strict=True):
@@ -107,15 +108,18 @@ class Bucket:
 
     def arrived(self):
         """Count one more gradient; true for the last one of a backward pass."""
-        self.missing = self.missing - 1 or len(self.parameters)
-        return self.missing == len(self.parameters)
+        self.missing -= 1
+        if self.missing:
+            return False
+        self.missing = len(self.parameters)  # for the next one
+        return True
 
 
 def cut_by_size(parameters, most_bytes):
     """Lists of neighbouring parameters of at most so many bytes; a larger parameter is alone."""
-    lists, used = [], most_bytes
+    lists, used = [], 0
     for parameter in parameters:
-        if used + parameter.nbytes > most_bytes:
+        if not lists or used + parameter.nbytes > most_bytes:
             lists.append([])
             used = 0
         lists[-1].append(parameter)

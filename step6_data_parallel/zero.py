@@ -8,6 +8,7 @@ Sources: ZeRO (arXiv:1910.02054), section 5; FSDP (arXiv:2304.11277), section 3.
 """
 
 import functools
+import itertools
 
 import torch
 
@@ -112,9 +113,11 @@ class Zero3(Zero2):
             # What would be cast is cast before it travels; the shard stays as it is.
             bucket.hold(torch.empty_like(bucket.weights, dtype=model.model.dtype))
             self.drop(bucket)
-        neighbours = zip([None, *self.layers], [*self.layers[1:], None], strict=False)
+        for bucket in self.layers:
+            bucket.before = bucket.after = None
+        for bucket, after in itertools.pairwise(self.layers):
+            bucket.after, after.before = after, bucket
         for bucket, layer in zip(self.layers, model.model.layers.values(), strict=True):
-            bucket.before, bucket.after = next(neighbours)
             bucket.in_backward = False
             layer.register_forward_pre_hook(functools.partial(self.before_forward, bucket))
             layer.register_forward_hook(functools.partial(self.after_forward, bucket))

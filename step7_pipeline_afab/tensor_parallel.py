@@ -281,7 +281,7 @@ def tensor_parallel_traffic(args, model):
     whole, table = (tokens * args.config.hidden_size * size for size in (number, weight))
 
     # Forward o, down (and the embedding), backward qkv, gate-up and the head; o once more if a
-    # layer is recomputed, which ends before down's.
+    # layer is recomputed, which stops before down's sum: backward does not need it.
     sums = (4 + args.activation_checkpointing) * layers + head
     loss = ("tp", "all_gather", steps * head, 2 * tokens * weight * args.tp_size)
     if not args.sequence_parallel:

@@ -48,8 +48,9 @@ def attending(rank, source, chunk):
 def travel(block, sources, to, by, group):
     """Yield (source, block) for each of `sources`, the ranks whose blocks we see; `block` is first.
 
-    block: [2, batch, seq / cp, kv_heads, head_dim]. While the caller works on one block, it is also
-    on its way to the rank `to`, and the one after it on its way from the rank `by`.
+    block: [2, batch, seq / cp, kv_heads, head_dim]; sources: places in the group. While the caller
+    works on one block, it is also on its way to the global rank `to`, and the one after it on its
+    way from the global rank `by`.
     """
     for source in sources:
         arriving, handles = None, []
@@ -89,7 +90,7 @@ class Ring:
 
     def __init__(self, group, backend):
         self.group = group
-        # The ranks whose blocks come by: our own, that of the previous rank, and so on.
+        # Whose blocks come by, as places in the group: our own, that of the rank before, and so on.
         self.order = [(group.rank - step) % group.size for step in range(group.size)]
         self.back = self.order[:0:-1]  # the others, the last one first
         functions = merge, add, finish
@@ -184,6 +185,8 @@ def apply_context_parallel(model, group, backend=None):
 
     backend: of `torch.compile`; None leaves everything as it is.
     """
+    if group.size == 1:
+        return
     ring = Ring(group, backend)
 
     @torch.compiler.disable  # the sends overlap with the blocks, which no compiled graph would do
@@ -191,9 +194,8 @@ def apply_context_parallel(model, group, backend=None):
         kv = torch.stack([k, v])  # one message
         return RingAttention.apply(q.transpose(1, 2), kv, ring).transpose(1, 2)
 
-    if group.size > 1:
-        for layer in model.model.layers.values():
-            layer.self_attn.attention = attention
+    for layer in model.model.layers.values():
+        layer.self_attn.attention = attention
 
 
 def context_parallel_traffic(args, model, group):

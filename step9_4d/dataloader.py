@@ -68,7 +68,8 @@ def leave_the_group(worker):
 class Batches:
     """Deals the sequences of each step to micro-batches, and keeps the last 1/64 of them apart.
 
-    positions: those of a sequence that this rank reads; group: the ranks that read others.
+    positions: those of a sequence that this rank reads; group: the ranks among which the
+    micro-batches of a step are dealt out.
 
     Raises UserError when the data set does not fill one step and its held-out part.
     """
