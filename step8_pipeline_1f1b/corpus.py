@@ -61,11 +61,10 @@ def tokenised(args):
     if not folder.exists():
         if not (files and (local or tokenizer_name == "bytes")):
             hub_is_unreachable()  # before the libraries that would go on asking are imported
-        tokenizer = load_tokenizer(tokenizer_name)
-        texts = load_texts(args, files)
-        CACHE.mkdir(parents=True, exist_ok=True)
         # Complete or absent: written aside, then renamed.
-        with tempfile.TemporaryDirectory(dir=CACHE) as aside:
+        with room_in_cache() as aside:
+            tokenizer = load_tokenizer(tokenizer_name)
+            texts = load_texts(args, files)
             part = Path(aside) / "part"
             part.mkdir()
             largest = write_tokens(encode(texts, tokenizer, args), part / "tokens.npy")
@@ -77,6 +76,16 @@ def tokenised(args):
                 if not folder.exists():  # else another run was quicker
                     raise
     return folder
+
+
+def room_in_cache():
+    """A new folder in the cache, there while it is a context; raises UserError."""
+    try:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=CACHE)
+    except OSError as error:
+        remedy = "set XDG_CACHE_HOME to a folder that can be written"
+        raise UserError(f"{CACHE}: {error.strerror}; {remedy}") from None
 
 
 def tokenizer_of(args):

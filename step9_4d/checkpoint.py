@@ -31,7 +31,7 @@ MAY_CHANGE = ("dataset_name", "tokenizer_name", "max_tokens", "learning_rate", "
 
 def checkpoints(directory):
     """The complete checkpoints of a directory, oldest first."""
-    return sorted(Path(directory).glob("step_*"))
+    return sorted(path for path in Path(directory).glob("step_*") if path.is_dir())
 
 
 def find(flag, directory):

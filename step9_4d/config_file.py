@@ -28,8 +28,10 @@ def flags_in(file, parser):
             raise UserError("not an object with the names of flags")
         if "config" in values:
             raise UserError("a file can't name another one: leave --config out of it")
-        given = {name: value for name, value in values.items() if value not in (None, False)}
-        argv = [f"--{n}" if value is True else f"--{n}={value}" for n, value in given.items()]
+        argv = []
+        for name, value in values.items():
+            if value is not None and value is not False:  # 0 may be given, and 0 == False
+                argv.append(f"--{name}" if value is True else f"--{name}={value}")
         parser.parse_args(argv)
     except (OSError, ValueError, UserError) as error:
         raise UserError(f"--config {file}: {getattr(error, 'strerror', error)}") from None
@@ -37,11 +39,17 @@ def flags_in(file, parser):
 
 
 def write_config(args):
-    """Write the flags to `config.json` among the checkpoints, and beside the metrics file."""
+    """Write the flags to `config.json` among the checkpoints, and beside the metrics file.
+
+    Raises UserError if one of them can't be written.
+    """
     places = []
     if args.checkpoint_dir is not None:
         places.append(Path(args.checkpoint_dir) / "config.json")
     if args.metrics_file is not None:
         places.append(Path(args.metrics_file).with_suffix(".config.json"))
     for place in places:
-        place.write_text(json.dumps(args.flags, indent=1) + "\n")
+        try:
+            place.write_text(json.dumps(args.flags, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"{place}: {error.strerror}; name another folder") from None

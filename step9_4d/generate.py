@@ -108,7 +108,7 @@ def sample(logits, temperature, top_k, generator):
     """
     if temperature == 0:
         return int(logits.argmax())
-    logits = logits.cpu() / temperature
+    logits = (logits - logits.max()).cpu() / temperature  # never inf
     if 0 < top_k < len(logits):
         logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
     return int(torch.multinomial(logits.softmax(0), 1, generator=generator))
@@ -121,7 +121,7 @@ def generate(model, group, prompt, args, end):
     prompt: a list of at least one; every rank of the group draws the same.
     """
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed % 2**64)
     for layer in model.model.layers.values():
         layer.self_attn.attention = Cache(len(prompt) + args.max_new_tokens)
     tokens, start, new = [], 0, prompt

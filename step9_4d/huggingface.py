@@ -50,8 +50,10 @@ def check_save_hf(directory):
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
         used = any(Path(directory).iterdir())
-        if not os.access(directory, os.W_OK):
+        if not (os.access(directory, os.W_OK) and os.access(hidden(directory).parent, os.W_OK)):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if os.path.ismount(directory):
+            raise OSError(errno.EBUSY, "a mount point, whose name no other can take")
     except OSError as error:
         raise UserError(f"--save_hf {directory}: {error.strerror}; name a directory") from None
     if used:
@@ -137,7 +139,8 @@ def hidden(directory):
 def export(checkpoint, directory, config, dtype, tokenizer_name):
     """In one process: from the tensors of a checkpoint to a Hugging Face directory.
 
-    Raises UserError for a tokenizer that can't be had, or files that can't be read.
+    Raises UserError for a tokenizer that can't be had, files that can't be read, or a directory in
+    which something was put meanwhile.
     """
     import transformers
 
@@ -160,7 +163,10 @@ def export(checkpoint, directory, config, dtype, tokenizer_name):
     aside = hidden(directory) / "whole"
     theirs.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    aside.rename(directory)  # empty, as `check_save_hf` left it
+    try:
+        aside.rename(directory)  # empty, as `check_save_hf` left it
+    except OSError as error:
+        raise UserError(f"--save_hf {directory}: {error.strerror}; all is in {aside}") from None
     shutil.rmtree(hidden(directory))
 
 

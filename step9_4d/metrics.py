@@ -111,7 +111,7 @@ def is_up_to(step, line):
     """Whether a line is whole, and of a step up to that one."""
     try:
         return json.loads(line)["step"] <= step
-    except ValueError:  # cut off by a kill
+    except (ValueError, KeyError, TypeError):  # cut off by a kill, or not of a run
         return False
 
 

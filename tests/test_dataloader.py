@@ -14,6 +14,7 @@ import numpy_llama
 import pytest
 import workers
 from harness import World
+from launch import launch
 
 pytestmark = pytest.mark.steps(3, 3)
 DOCUMENTS = ["To be, or not to be,\nthat is the question.\n", "naïve – 東京\n", "", "x" * 300]
@@ -284,3 +285,9 @@ def test_tokenising_shows_a_progress_bar_on_a_terminal(step_dir, tmp_path):
     os.close(master)
     assert process.returncode == 0
     assert b"tokenising" in shown and b"100%" in shown
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(step_dir):
+    result = launch(step_dir, "", XDG_CACHE_HOME="/dev/null")
+    (said,) = result.errors[0].splitlines()
+    assert result.code != 0 and said.startswith("error: /dev/null/") and "XDG_CACHE_HOME" in said

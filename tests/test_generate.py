@@ -42,6 +42,18 @@ def test_tensor_parallel_ranks_draw_the_same(step_dir, worlds, model, size):
     assert found == [alone] * size
 
 
+def test_nothing_follows_the_end_token(step_dir, worlds, model):
+    """Unless the prompt is one, as an empty one is."""
+    argv = f"--load_hf {model[0]} --dtype float64 --max_new_tokens 30 --seed {2**64}"
+    run = worlds(step_dir, 1).run
+    (tokens,) = run(trainer_workers.generated, argv, PROMPT)
+    end = tokens[7]
+    (found,) = run(trainer_workers.generated, argv, PROMPT, True, end)
+    assert found == tokens[: tokens.index(end) + 1]
+    (found,) = run(trainer_workers.generated, argv, [end], True, end)
+    assert found and end not in found[:-1]
+
+
 def test_temperature_and_top_k(step_dir, worlds):
     logits = np.log([0.1, 0.2, 0.3, 0.4])
     run = worlds(step_dir, 1).run
@@ -51,7 +63,7 @@ def test_temperature_and_top_k(step_dir, worlds):
     assert cold == pytest.approx(np.array([1, 4, 9, 16]) / 30, abs=0.02)
     (two,) = run(trainer_workers.drawn, logits, 1.0, 2, 20_000)
     assert two == pytest.approx([0, 0, 3 / 7, 4 / 7], abs=0.02)
-    for temperature, top_k in ((0.0, 0), (1.0, 1)):
+    for temperature, top_k in ((0.0, 0), (1.0, 1), (1e-310, 0)):
         (best,) = run(trainer_workers.drawn, logits, temperature, top_k, 100)
         assert best == pytest.approx([0, 0, 0, 1])
 

@@ -8,7 +8,7 @@ import torch
 import trainer_workers
 import workers
 from harness import assemble
-from launch import ranks_of
+from launch import launch, ranks_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -150,6 +150,16 @@ def test_a_missing_tokenizer_is_noticed_before_training(step_dir, worlds, tmp_pa
     assert said.startswith("--tokenizer_name") and "\n" not in said
 
 
+def test_a_name_that_is_taken_meanwhile_loses_no_model(step_dir, tmp_path):
+    out = tmp_path / "out"
+    argv = "--num_hidden_layers 1 --dataset_name random --seq_len 16 --max_tokens 64 "
+    result = launch(step_dir, argv + f"--checkpoint_dir {out} --save_hf {out}")
+    (said,) = result.errors[0].splitlines()
+    whole = tmp_path / ".out" / "whole"
+    assert result.code != 0 and said.startswith(f"error: --save_hf {out}") and f"{whole}" in said
+    assert AutoModelForCausalLM.from_pretrained(whole).num_parameters() > 0
+
+
 def test_other_wrong_calls(step_dir, worlds, tmp_path):
     theirs(tmp_path / "hf")
     for flags, words in (
@@ -158,6 +168,7 @@ def test_other_wrong_calls(step_dir, worlds, tmp_path):
         (f"--load_hf {tmp_path / 'nowhere'}", "no config.json"),
         (f"--save_hf {tmp_path / 'hf'}", "not empty"),
         ("--save_hf /dev/null/hf", "--save_hf /dev/null/hf"),
+        ("--save_hf /dev", "a mount point"),
     ):
         (said,) = worlds(step_dir, 1).run(workers.refusal, flags, 1)
         assert words in said and "\n" not in said

@@ -214,6 +214,7 @@ def test_a_file_of_flags(step_dir, worlds, tmp_path):
         ('{"tp": 2}', "--tp=2"),
         ('{"config": "other.json"}', "can't name another one"),
         ('{"seq_len": 1.5}', "'1.5' is not a whole number"),
+        ('{"seq_len": 0}', "'0' is not a whole number of 1 or more"),
         ('{"dtype": "int8"}', "invalid choice: 'int8'"),
         (None, "No such file"),
     ],
@@ -229,9 +230,11 @@ def test_a_wrong_file_of_flags(step_dir, worlds, tmp_path, content, words):
 def test_what_a_run_leaves_starts_it_again(step_dir, worlds, tmp_path):
     run, metrics = tmp_path / "run", tmp_path / "metrics.jsonl"
     argv = SMALL + "--tie_word_embeddings yes --max_tokens 640 --eval_every 4 "
+    argv += "--seed 0 --warmup_steps 0 --weight_decay 0 "  # a file keeps them, though 0 == False
     argv += f"--checkpoint_dir {run} --metrics_file {metrics} --save_every 9"
     result = launch(step_dir, argv)
     assert result.code == 0, result.errors
+    (run / "step_notes.txt").touch()  # is taken for no checkpoint
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     held_out = {line["step"]: line["held_out"] for line in lines if "held_out" in line}
     assert list(held_out) == [4, 8]
@@ -240,11 +243,20 @@ def test_what_a_run_leaves_starts_it_again(step_dir, worlds, tmp_path):
     assert written.read_text() == (tmp_path / "metrics.config.json").read_text()
     argv = f"--config {written} --checkpoint_dir {tmp_path / 'again'}"
     assert trained(worlds, step_dir, argv) == curve(metrics)
+    assert trained(worlds, step_dir, f"--config {written} --resume auto") == []  # all is done
+
+
+def test_a_file_of_flags_that_cannot_be_written_is_one_line(step_dir, tmp_path):
+    (tmp_path / "metrics.config.json").mkdir()
+    argv = SMALL + f"--max_tokens 64 --metrics_file {tmp_path / 'metrics.jsonl'}"
+    (said,) = launch(step_dir, argv).errors[0].splitlines()
+    assert said.startswith(f"error: {tmp_path / 'metrics.config.json'}: ")
 
 
 def test_lines_of_steps_that_are_trained_again_are_dropped(step_dir, worlds, tmp_path):
     path = tmp_path / "metrics.jsonl"
-    lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3)] + ['{"step": 2, "lo']
+    lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3)]
+    lines += ["[1]\n", '{"a": 1}\n', '{"step": 2, "lo']
     for step, kept in ((2, lines[:2]), (0, [])):
         path.write_text("".join(lines))
         (found,) = worlds(step_dir, 1).run(

@@ -127,7 +127,7 @@ def reading(argv, tokens):
         return state.model(tokens[:, :-1], tokens[:, 1:], positions).item()
 
 
-def generated(argv, prompt, cached=True):
+def generated(argv, prompt, cached=True, end=None):
     """Symbols that `generate.py` adds to a prompt, a list; without the cache if asked."""
     import generate
     import process_group as pg
@@ -138,7 +138,7 @@ def generated(argv, prompt, cached=True):
     group = pg.Mesh(args.tp_size).group("tp")
     model = generate.load(args, device, group)
     if cached:
-        return generate.generate(model, group, prompt, args, end=None)
+        return generate.generate(model, group, prompt, args, end)
     tokens = list(prompt)
     for layer in model.model.layers.values():
         assert layer.self_attn.attention is causal_attention
