@@ -87,7 +87,7 @@ def nine_steps():
         axes.text(x + 0.6, 2.85, "batch", rotation=90, va="center", ha="center", fontsize=6)
         axes.text(x + 2.2, 0.6, "sequence", ha="center", fontsize=6)
     figure.suptitle(
-        "Upper rectangle: the model, lower: the data; a colour for each rank that holds a part",
+        "Upper rectangle: the model, lower: the data; a colour for each part",
         fontsize=8,
         y=0.99,
     )

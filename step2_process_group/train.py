@@ -170,15 +170,15 @@ def main(args):
     world, flops = state.mesh.world, flops_per_token(state.model, args.seq_len)
     metrics = Metrics(args, state.device, flops, world.size)
     pg.from_first(world, metrics.open)
-    if speaks := world.is_first:
+    if world.is_first:
         print(state.mesh)
     while state.step < args.total_steps:
         counting = args.comm_ledger and state.step == 0
         with communication_ledger(state.mesh, counting, report_traffic(state.mesh)):
             result = train_step(state)
-        if speaks:
+        if world.is_first:
             metrics.log(result)
-    if speaks:
+    if world.is_first:
         metrics.close()
     pg.assert_replicas_equal(state.parameters, state.mesh.group("dp"))
     pg.finish()

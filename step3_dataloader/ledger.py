@@ -29,13 +29,13 @@ def record(axis, collective, size):
 
 
 def report_traffic(mesh):
-    """What every step sends, however the model is laid out: its peak memory, one float64."""
+    """Predicted traffic of what every step reports: its peak memory, one float64."""
     return [("world", "all_reduce", 1, 8)] if mesh.world.size > 1 else []
 
 
 @contextlib.contextmanager
 def communication_ledger(mesh, active, predicted):
-    """Print what the first rank sent in the block, beside what the formulas predict.
+    """Print the first rank's collectives in the block, beside what the formulas predict.
 
     predicted: rows of (axis, collective, calls, bytes of each call).
     """

@@ -1,11 +1,13 @@
 """Many processes: a mesh of ranks, its groups, and the collectives that run on them.
 
-A mesh is an array of ranks with one dim per kind of parallelism, `pp × dp × cp × tp`. All ranks
-that differ along one axis only form a group; a group's collectives are the whole of communication.
+A mesh is an array of ranks with one dim per kind of parallelism, `pp × dp × cp × tp`. Ranks that
+differ along a single axis form a group; a group's collectives are the whole of communication.
 tp varies fastest, so the group that talks most sits on the closest devices.
 Source: Megatron-LM (arXiv:2104.04473), section 3.
 """
 
+import itertools
+import math
 import os
 import weakref
 from dataclasses import dataclass
@@ -84,7 +86,7 @@ class Group:
 
     @property
     def handle(self):
-        return self.pointer and self.pointer()
+        return self.pointer() if self.pointer else None
 
     @property
     def size(self):
@@ -133,14 +135,13 @@ class Mesh:
         """
         axes = tuple(axis for axis in AXES if axis in axes)
         if axes not in self.groups:
-            dims = [AXES.index(axis) for axis in axes]
-            count = [self.grid.shape[dim] for dim in dims]
-            lines = self.grid.movedim(dims, list(range(-len(dims), 0)))
-            lines = lines.reshape(-1, torch.Size(count).numel()).tolist()
+            last = list(range(-len(axes), 0))
+            lines = self.grid.movedim([AXES.index(axis) for axis in axes], last)
+            lines = lines.reshape(-1, math.prod(self.sizes[axis] for axis in axes)).tolist()
             ranks = next(line for line in lines if self.rank in line)
             # Each rank makes its own line only, without a barrier of the whole world.
             pointer = None
-            if ranks[1:]:
+            if len(ranks) > 1:
                 pointer = weakref.ref(dist.new_group(ranks, use_local_synchronization=True))
             self.groups[axes] = Group("_".join(axes), tuple(ranks), ranks.index(self.rank), pointer)
         return self.groups[axes]
@@ -150,7 +151,7 @@ class Mesh:
         shape = " x ".join(f"{axis} {size}" for axis, size in self.sizes.items())
         lines = [f"{self.grid.numel()} ranks = {shape}, {dist.get_backend()}"]
         for (pp, dp, cp), row in zip(
-            torch.cartesian_prod(*map(torch.arange, self.grid.shape[:3])).tolist(),
+            itertools.product(*map(range, self.grid.shape[:3])),
             self.grid.flatten(0, 2).tolist(),
             strict=True,
         ):

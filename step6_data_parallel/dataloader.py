@@ -20,8 +20,8 @@ HELD_OUT_SEQUENCES, HELD_OUT_TOKENS = 256, 2**14
 class Windows(Dataset):
     """Sequences of seq_len + 1 tokens, cut from the joined documents one after the other.
 
-    Neighbours share one token, the last target of the one and the first input of the other: no
-    token but the very first is left unpredicted, and none is predicted twice.
+    Neighbours share one token, the last target of the one and the first input of the other: each
+    token is predicted once, but for the very first and a rest at the end that fills no window.
     """
 
     def __init__(self, tokens, seq_len):
@@ -37,20 +37,20 @@ class Windows(Dataset):
 
 
 class Order:
-    """An endless row of epochs, each shuffled anew; each step takes the next batch_size of them."""
+    """An endless row of epochs, each shuffled anew; a step takes its next batch_size windows."""
 
     def __init__(self, count, batch_size, seed):
-        self.windows, self.batch_size, self.seed = count, batch_size, seed
+        self.count, self.batch_size, self.seed = count, batch_size, seed
         self.epoch, self.shuffled = None, None
 
     def sequence(self, position):
         """Index of the window at a position of the endless row."""
-        epoch, place = divmod(position, self.windows)
+        epoch, place = divmod(position, self.count)
         if epoch != self.epoch:
             digest = hashlib.sha256(f"{self.seed} epoch {epoch}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
             self.epoch = epoch
-            self.shuffled = torch.randperm(self.windows, generator=generator).numpy()
+            self.shuffled = torch.randperm(self.count, generator=generator).numpy()
         return int(self.shuffled[place])
 
     def cut(self, size, step):
@@ -100,7 +100,7 @@ class Batches:
         if step != self.next_step:
             self.loading = iter(self.load(self.order.cut(self.micro_batch_size, step)))
             self.ahead = self.split(next(self.loading))
-        self.next_step = None  # until this one is read to its end
+        self.next_step = None  # a step that is left half read is begun anew
         for _ in range(self.micro_batches_a_step):
             yield self.ahead
             # While the device is at work: so it does not wait for the first one of the next step.
@@ -115,13 +115,13 @@ class Batches:
         """
         size = self.micro_batch_size
         cut = [self.held_out[start : start + size] for start in range(0, len(self.held_out), size)]
-        for window in self.load(cut):
-            yield self.split(window)
+        for windows in self.load(cut):
+            yield self.split(windows)
 
     def load(self, micro_batches):
         mine = itertools.islice(micro_batches, self.group.rank, None, self.group.size)
         return DataLoader(self.windows, batch_sampler=mine, **self.options)
 
-    def split(self, window):  # [micro_batch, seq + 1]
-        window = window.to(self.device, non_blocking=True)
-        return window[:, self.positions], window[:, self.positions + 1], self.positions
+    def split(self, windows):  # [micro_batch, seq + 1]
+        windows = windows.to(self.device, non_blocking=True)
+        return windows[:, self.positions], windows[:, self.positions + 1], self.positions

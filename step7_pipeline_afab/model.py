@@ -134,7 +134,7 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
         self.v_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
-        self.project, self.attention = project, causal_attention
+        self.project, self.attention = project, causal_attention  # later steps put theirs here
 
     def forward(self, x, cos, sin):  # x: [batch, seq, hidden]
         q, k, v = self.project(x, self.q_proj, self.k_proj, self.v_proj)
@@ -183,6 +183,7 @@ class Decoder(nn.Module):
         self.config, self.dtype = config, dtype
         self.activation_checkpointing = activation_checkpointing
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        # By number: a stage of a pipeline, which has some of them, keeps their names.
         self.layers = nn.ModuleDict(
             {str(i): DecoderLayer(config) for i in range(config.num_hidden_layers)}
         )
@@ -218,6 +219,7 @@ class Llama(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.cross_entropy = cross_entropy
+        # Of the whole model; later steps take parts of it away.
         self.parameter_names = [name for name, _ in self.named_parameters()]
         self.parameter_count = sum(parameter.numel() for parameter in self.parameters())
         for name, parameter in self.named_parameters():
@@ -273,5 +275,5 @@ def materialize(model, seed, device):
                 full = initial_value(meta.global_name, meta.full_shape, seed, std)
                 part = torch.empty(meta.shape, dtype=dtype, device=device)
                 made[meta] = nn.Parameter(part.copy_(full[meta.held]))
-                made[meta].__dict__.update(meta.__dict__)
+                made[meta].__dict__.update(meta.__dict__)  # global_name, full_shape, held
             module.register_parameter(key, made[meta])

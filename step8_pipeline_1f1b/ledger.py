@@ -36,7 +36,7 @@ def report_traffic(mesh, model_group, data_group, parameters):
 
 @contextlib.contextmanager
 def communication_ledger(mesh, active, predicted):
-    """Print what the first rank sent in the block, beside what the formulas predict.
+    """Print the first rank's collectives in the block, beside what the formulas predict.
 
     predicted: rows of (axis, collective, calls, bytes of each call).
     """

@@ -240,17 +240,17 @@ def main(args):
     world, flops = state.mesh.world, flops_per_token(state.model, args.seq_len)
     metrics = Metrics(args, state.device, flops, world.size)
     pg.from_first(world, metrics.open)
-    if speaks := world.is_first:
+    if world.is_first:
         print(state.mesh)
     while state.step < args.total_steps:
         counting = args.comm_ledger and state.step == 0
         with communication_ledger(state.mesh, counting, predicted_traffic(state)):
             result = train_step(state)
-        if speaks:
+        if world.is_first:
             metrics.log(result)
     held_out = evaluate(state)
     state.stage.timeline.write(world)
-    if speaks:
+    if world.is_first:
         print(f"held-out loss {held_out:.4f}")
         metrics.close()
     pg.finish()

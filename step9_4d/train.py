@@ -267,7 +267,7 @@ def main(args):
     world, flops = state.mesh.world, flops_per_token(state.model, args.seq_len)
     metrics = Metrics(args, state.device, flops, world.size)
     pg.from_first(world, lambda: (metrics.open(state.step), write_config(args)))
-    if speaks := world.is_first:
+    if world.is_first:
         print(state.mesh)
     counting = args.comm_ledger  # in the first step
     while state.step < args.total_steps and not state.stop:
@@ -277,18 +277,18 @@ def main(args):
         with metrics.paused():
             if args.eval_every and state.step % args.eval_every == 0 and not state.stop:
                 result["held_out"] = evaluate(state)
-        if speaks:
+        if world.is_first:
             metrics.log(result)
         with metrics.paused():
             save_if_due(state)
     if not state.stop:
         held_out = evaluate(state)
-        if speaks:
+        if world.is_first:
             print(f"held-out loss {held_out:.4f}")
         if args.save_hf:
             save_hf(state, args.save_hf)
     state.stage.timeline.write(world)
-    if speaks:
+    if world.is_first:
         metrics.close()
     pg.finish()
 

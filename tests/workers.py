@@ -535,7 +535,7 @@ def batches_of(argv, tokens, steps):
         return np.concatenate(found)
 
     train_windows = [windows(data.micro_batches(step)) for step in steps]
-    return train_windows, windows(data.evaluation()), data.order.windows
+    return train_windows, windows(data.evaluation()), data.order.count
 
 
 def byte_tokenizer_round_trip(text):
