@@ -177,7 +177,8 @@ def packing():
     axes.add_patch(
         Rectangle((1 + (count - 1) * size, 12.6), size - 0.25, 1.3, fc="#ccbb44", alpha=0.7)
     )
-    axes.text(0.9, 14.4, "windows of seq_len + 1 tokens; the last 1/64 is held out", fontsize=8)
+    text = "windows of seq_len + 1 tokens, of which neighbours share one; the last 1/64 is held out"
+    axes.text(0.9, 14.4, text, fontsize=8)
     order = [5, 2, 7, 0, 3, 6, 1, 4]
     for place, window in enumerate(order):
         colour = COLOURS[place // 4]

@@ -47,6 +47,10 @@ def parse_args(argv):
     parser.add_argument("--tp_size", type=positive_int, default=1, help="ranks that share a layer")
     args = parser.parse_args(argv)
     pg.check_world(args.device, args.tp_size)
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--prompt {args.prompt!a}: bytes that are no UTF-8; give text") from None
     if args.checkpoint is not None:
         args.checkpoint = find("--checkpoint", args.checkpoint)
         about = read_about("--checkpoint", args.checkpoint)

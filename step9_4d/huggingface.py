@@ -21,7 +21,7 @@ from safetensors import safe_open
 import process_group as pg
 from checkpoint import find, read_about
 from corpus import load_tokenizer, tokenizer_of
-from errors import ArgumentParser, UserError, in_one_line, stop
+from errors import ArgumentParser, UserError, in_one_line, note, stop
 from model import Llama, materialize
 from presets import hub_is_unreachable, load_config
 from resharding import read_weights, tensors_of, write_tensors
@@ -41,7 +41,9 @@ def load_checked_config(args):
     check_directory(args.load_hf)
     args.model_name = args.load_hf
     config = load_config(args)
-    stored_slices(args.load_hf, config)
+    slices = stored_slices(args.load_hf, config)
+    if args.tie_word_embeddings == "yes" and "lm_head.weight" in slices:
+        note(f"--tie_word_embeddings yes: lm_head.weight of {args.load_hf} is not read")
     return config
 
 

@@ -74,6 +74,7 @@ def test_temperature_and_top_k(step_dir, worlds):
         ("", "--checkpoint --load_hf"),
         ("--checkpoint /no/such/place", "no checkpoint"),
         ("--load_hf {hf} --tp_size 3", "heads 8"),
+        ("--load_hf {hf} --prompt \udcff", "--prompt '\\udcff': bytes that are no UTF-8"),
     ],
 )
 def test_wrong_calls(step_dir, worlds, model, flags, words):

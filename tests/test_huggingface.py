@@ -160,6 +160,15 @@ def test_a_name_that_is_taken_meanwhile_loses_no_model(step_dir, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(whole).num_parameters() > 0
 
 
+def test_a_head_that_is_not_read_is_named(step_dir, tmp_path):
+    theirs(tmp_path)
+    argv = f"--load_hf {tmp_path} --dataset_name random --seq_len 16 --max_tokens 64 "
+    for tied, notes in (("yes", 1), ("config", 0)):
+        result = launch(step_dir, argv + f"--tie_word_embeddings {tied}")
+        assert result.code == 0, result.errors
+        assert result.out.count("note: --tie_word_embeddings yes: lm_head.weight") == notes
+
+
 def test_other_wrong_calls(step_dir, worlds, tmp_path):
     theirs(tmp_path / "hf")
     for flags, words in (
