@@ -52,10 +52,10 @@ def check_save_hf(directory):
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
         used = any(Path(directory).iterdir())
-        if not (os.access(directory, os.W_OK) and os.access(hidden(directory).parent, os.W_OK)):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         if os.path.ismount(directory):
             raise OSError(errno.EBUSY, "a mount point, whose name no other can take")
+        if not (os.access(directory, os.W_OK) and os.access(hidden(directory).parent, os.W_OK)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(f"--save_hf {directory}: {error.strerror}; name a directory") from None
     if used:

@@ -317,7 +317,6 @@ def test_a_mistake_of_pipelines_is_noticed(step_dir, train_on, mistake, flags, s
     [
         ("layers_fetched_when_needed", "--dp_size 2 --dp_engine zero3 --micro_batch_size 2"),
         ("sends_waited_for", "--pp_size 2 --pp_engine afab --micro_batch_size 4"),
-        ("host_waits_for_micro_batches", "--micro_batch_size 4"),
     ],
 )
 def test_what_makes_a_step_fast_changes_no_number(step_dir, train_on, without, flags):
