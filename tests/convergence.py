@@ -95,8 +95,7 @@ def gpu_runs(count):
         *(f"--pp_size {ranks} --pp_engine {engine} {eighths} 4" for engine in ("afab", "1f1b")),
     ]
     if count >= 8:
-        few = "--gradient_accumulation_steps 4 --micro_batch_size 4"  # kernels that are not tiny
-        layouts.append(f"--tp_size 2 --dp_size 2 --pp_size 2 {few}")
+        layouts.append(f"--tp_size 2 --dp_size 2 --pp_size 2 {halves} 8")
         layouts.append(f"--tp_size 2 --cp_size 2 --dp_size 2 {halves} 8")
     elif count >= 4:
         layouts.append(f"--tp_size 2 --pp_size 2 {eighths} 4")

@@ -4,8 +4,9 @@
         "step4_tensor_parallel --tp_size 2 --micro_batch_size 8" --after 40 --flags "--seq_len 512"
 
 The first RUN trains some steps in float32. Then, with its weights, the gradient of the next step is
-computed by each RUN in float32, and by the first one in float64. The table has, for the loss and
-each kind of tensor, the largest distance ‖float32 − float64‖ / ‖float64‖ of the layers' tensors.
+computed by each RUN in float32, or in bfloat16 with --dtype, and by the first one in float64. The
+table has the distance ‖rounded − float64‖ / ‖float64‖ of the loss and of the whole gradient, and
+for each kind of tensor the largest among the layers'.
 """
 
 import argparse
@@ -34,7 +35,10 @@ def call(run, flags, dtype, function, *args):
 
 def distances(found, exact):
     """{kind of tensor: largest relative distance among the layers' tensors}."""
-    largest = {}
+    names = [name for name in exact if name != "loss"]
+    squares = sum(np.linalg.norm(found[name] - exact[name]) ** 2 for name in names)
+    whole = np.sqrt(squares / sum(np.linalg.norm(exact[name]) ** 2 for name in names))
+    largest = {"loss": 0, "whole gradient": whole}
     for name, gradient in exact.items():
         kind = re.sub(r"layers\.\d+", "layers.*", name)
         distance = np.linalg.norm(found[name] - gradient) / np.linalg.norm(gradient)
@@ -42,15 +46,15 @@ def distances(found, exact):
     return largest
 
 
-def measure(runs, after, flags):
-    """[distances of each RUN] after so many steps of training with the first one."""
+def measure(runs, after, flags, dtype="float32"):
+    """[distances of each RUN in that dtype] after some steps of training with the first one."""
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.npz"
         np.savez(weights, **call(runs[0], flags, "float32", workers.weights_after, after))
         exact = call(runs[0], flags, "float64", workers.gradients_at, weights, after)
         rows = []
         for run in tqdm(runs, unit="runs", disable=not sys.stderr.isatty()):
-            found = call(run, flags, "float32", workers.gradients_at, weights, after)
+            found = call(run, flags, dtype, workers.gradients_at, weights, after)
             if found.keys() != exact.keys() or abs(found["loss"] / exact["loss"] - 1) > 1e-3:
                 sys.exit(f"error: {run}: another model or batch than the first RUN's; use --flags")
             rows.append(distances(found, exact))
@@ -63,17 +67,18 @@ def main():
     )
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--after", type=int, default=10, help="steps of training before")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--flags", default="", help="further flags for every run, in quotes")
     options = parser.parse_args()
     if options.after < 0:
         sys.exit(f"error: --after {options.after}: choose 0 or more")
     check_runs(options.runs, sequences_of(f"{options.flags} {options.runs[0]}"), options.flags)
     try:
-        found = measure(options.runs, options.after, options.flags)
+        found = measure(options.runs, options.after, options.flags, options.dtype)
     except AssertionError as error:  # of a rank, or of weights that are no numbers
         words = str(error).strip()
         sys.exit(f"error: {words.partition('errors.UserError: ')[2] or words}")
-    print(f"{machine()}, after {options.after} steps\n")
+    print(f"{options.dtype}, {machine()}, after {options.after} steps\n")
     for number, run in enumerate(options.runs, 1):
         print(f"{number}. {run}")
     rows = [[kind, *(f"{run[kind]:.1e}" for run in found)] for kind in found[0]]

@@ -147,9 +147,13 @@ def test_rounding_of_gradients():
     whole = "step3_dataloader --micro_batch_size 8"
     split = "step3_dataloader --micro_batch_size 2 --gradient_accumulation_steps 4"
     found = rows(command("rounding.py", f"{whole} --dtype float64", split, *flags))
-    assert found[0][0] == "loss" and len(found) == 13  # two layers are one kind
+    assert found[0][0] == "loss" and len(found) == 14  # two layers are one kind
     numbers = [float(cell) for row in found[1:] for cell in row[1:]]
-    assert len(numbers) == 24 and 1e-9 < min(numbers) and max(numbers) < 1e-5
+    assert len(numbers) == 26 and 1e-9 < min(numbers) and max(numbers) < 1e-5
+    layout = "step9_4d --tp_size 2 --pp_size 2 --micro_batch_size 4 --gradient_accumulation_steps 2"
+    found = rows(command("rounding.py", whole, layout, "--dtype", "bfloat16", *flags))
+    alone, cut = map(float, found[1][1:])
+    assert found[1][0] == "whole gradient" and 1e-3 < alone < 1e-2 and cut < 1.5 * alone
     wrong = {
         "step3_dataloader --micro_batch_size 5": "5 sequences a step, not 8",
         f"{whole} --seed 1": "another model or batch",

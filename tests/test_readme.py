@@ -61,8 +61,8 @@ def test_figures_are_drawn_by_code(tmp_path):
     }
     assert drawn <= shown, "a figure that no README shows"
     # These show what was measured; convergence.py, ring_work.py and timeline.py draw them.
-    measured = {"convergence.png", "tinyllama.png", "tinyllama_again.png", "ring_work.png",
-                "afab.png", "afab_gpu.png", "1f1b_gpu.png", "interleaved_gpu.png"}  # fmt: skip
+    measured = {"convergence.png", "tinyllama.png", "ring_work.png", "afab.png",
+                "afab_gpu.png", "1f1b_gpu.png", "interleaved_gpu.png"}  # fmt: skip
     assert shown - drawn <= measured
 
 
