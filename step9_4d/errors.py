@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import signal
 import sys
 import time
 
@@ -44,6 +45,7 @@ def check_writable(flag, path):
 def stop(error):
     """Print the one line and exit with code 2, before other libraries add words of their own."""
     if RANK > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # no longer the wish to save and stop
         time.sleep(10)  # the launcher ends this rank here if the first one has spoken
     sys.stdout.flush()
     print(f"error: {error}", file=sys.stderr, flush=True)

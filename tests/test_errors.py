@@ -206,6 +206,14 @@ def test_a_nan_under_torchrun_ends_all(step_dir):
     assert_one_line(launch(step_dir, flags + on_two(step_dir), ranks=2), STEP1[flags], 30)
 
 
+@pytest.mark.steps(9)
+def test_a_rank_that_listens_for_signals_keeps_quiet_too(step_dir, tmp_path):
+    """torchrun ends the second rank by the signal that asks a run to save and stop."""
+    flags = "--learning_rate 1e38 --warmup_steps 0 --seq_len 8"
+    argv = f"{flags} --checkpoint_dir {tmp_path}{on_two(step_dir)}"
+    assert_one_line(launch(step_dir, argv), STEP1[flags], 30)
+
+
 @pytest.mark.sampled(9, only=True)
 @pytest.mark.steps(4)
 def test_a_world_that_does_not_fit_is_one_line(step_dir):
