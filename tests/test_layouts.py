@@ -323,3 +323,25 @@ def test_what_makes_a_step_fast_changes_no_number(step_dir, train_on, without, f
     argv = SHAPE + f"--gradient_accumulation_steps 2 {flags}"
     fast = train_on(step_dir, ranks_of(flags), argv, 2)
     train_on(step_dir, ranks_of(flags), argv, 2, break_it=without).assert_same_as(fast)
+
+
+READ_ONCE = {
+    1: [""],
+    5: ["--tp_size 2 --cp_size 2 --sequence_parallel"],
+    6: ["--dp_size 2 --dp_engine zero1", "--dp_size 2 --dp_engine zero3 --micro_batch_size 2"],
+    7: ["--dp_size 2 --dp_engine zero2 --pp_size 2"],
+    9: ["--pp_size 2 --pp_engine interleaved"],
+}
+
+
+@pytest.mark.sampled(3, 6)
+def test_the_host_reads_the_device_once_a_step(step_dir, worlds, subtests):
+    argv = "--num_hidden_layers 4 --seq_len 32 "
+    if step_number(step_dir) > 2:
+        argv += "--gradient_accumulation_steps 4 --dataset_name random "
+    for first, layouts in READ_ONCE.items():
+        for flags in layouts if first <= step_number(step_dir) else ():
+            with subtests.test(flags):
+                world = worlds(step_dir, ranks_of(flags))
+                for reads in world.run(workers.reads_of_a_step, argv + flags):
+                    assert reads == ["tolist"]

@@ -165,6 +165,30 @@ def dtypes_of_a_step(argv):
     }
 
 
+def reads_of_a_step(argv):
+    """The methods by which a second step reads what the device computes, in order.
+
+    On a GPU each would make the host wait until the device is there.
+    """
+    import train
+
+    names = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
+    methods, reads = {name: getattr(torch.Tensor, name) for name in names}, []
+
+    def counted(name):
+        def read(tensor, *args, **options):
+            reads.append(name)
+            return methods[name](tensor, *args, **options)
+
+        return read
+
+    state = build(argv)
+    train.train_step(state)  # it shuffles, and what is compiled is compiled
+    with patch.multiple(torch.Tensor, **{name: counted(name) for name in names}):
+        train.train_step(state)
+    return reads
+
+
 def attention_error(dtype, heads, kv_heads, device="cpu"):
     """Forward and backward of `causal_attention` against a plain float64 one; names of kernels.
 
