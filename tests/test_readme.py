@@ -1,6 +1,7 @@
 """The READMEs keep their promises: figures that exist, sections in order, commands that run."""
 
 import importlib.util
+import platform
 import re
 import shutil
 import subprocess
@@ -92,7 +93,8 @@ STEP = "step     1 | loss  5.5919 | grad norm   8.0324 | lr 1.50e-05 |       950
         (STEP, STEP.replace("5.5919", "nan"), "step 1: "),
     ],
 )
-def test_what_a_readme_shows_is_what_is_printed(tmp_path, shown, printed, words):
+def test_what_a_readme_shows_is_what_is_printed(tmp_path, monkeypatch, shown, printed, words):
+    monkeypatch.setattr(readme, "PYTHON", platform.python_version())
     page = tmp_path / "README.md"
     block = f"<!-- runnable -->\n```bash\ncat <<END\n{printed}\nEND\n```\n"
     page.write_text(f"{block}\n```\n{shown}\n```\n{block}\nThis is shown:\n```\n{shown}\n```\n")
@@ -100,6 +102,18 @@ def test_what_a_readme_shows_is_what_is_printed(tmp_path, shown, printed, words)
     assert len(found) == 2 and not found[1]
     assert bool(words) == bool(found[0]) == (readme.run(page) == 1)
     assert words is None or found[0][0].startswith(words)
+
+
+@pytest.mark.parametrize("folder, losses", [("step2_x", 1), ("step3_x", 0), (".", 0)])
+def test_another_library_has_other_losses(tmp_path, monkeypatch, capfd, folder, losses):
+    """The step is not compared, the ledger is, and where it is so a line says it."""
+    monkeypatch.setattr(readme, "PYTHON", "2.7.18")
+    page = tmp_path / folder / "README.md"
+    page.parent.mkdir(exist_ok=True)
+    block = "<!-- runnable -->\n```bash\necho\n```\n\n```\n{}\n```\n"
+    page.write_text(block.format(STEP) + block.format(LEDGER))
+    assert readme.run(page) == 1 + losses
+    assert ("losses not compared: Python is 3" in capfd.readouterr().out) == (not losses)
 
 
 def test_the_checks_that_the_table_of_mistakes_names_are_there():
