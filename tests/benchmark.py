@@ -33,28 +33,35 @@ PLAIN = "LlamaForCausalLM"
 RUNS = [f"{BASE} --micro_batch_size 12", f"{PLAIN} --micro_batch_size 12"]
 
 
-def gpu_runs(count):
-    """Layouts for so many GPUs, 32,768 tokens a GPU and step, each with its best micro-batch."""
-    twice = "--gradient_accumulation_steps 2"  # LlamaForCausalLM has no memory for 16 at once
-    runs = [f"{BASE} --micro_batch_size 16", f"{PLAIN} {twice} --micro_batch_size 8"]
+def gpu_runs(count, gigabytes):
+    """Layouts for so many GPUs of such memory, 32,768 tokens a GPU and step, each with its best
+    micro-batch. Where there is less than an H200 has, what does not fit has half of it, twice as
+    often; AFAB, with all activations alive, computes some of them again.
+    """
+    small = gigabytes < 120
+
+    def batch(size, number=1):
+        size, number = (size // 2, 2 * number) if small else (size, number)
+        accumulated = f" --gradient_accumulation_steps {number}" if number > 1 else ""
+        return f"--micro_batch_size {size}{accumulated}"
+
+    plain = batch(8, 2)  # LlamaForCausalLM has no memory for 16 at once
+    runs = [f"{BASE} {batch(16)}", f"{PLAIN} {plain}"]
     if count == 1:
         return runs
-    data = f"--dp_size {count} --micro_batch_size"
-    runs += [f"{LAST} {data} 16 --dp_engine {engine}" for engine in ("bucket", "zero1", "zero3")]
-    runs += [f"{PLAIN} {twice} {data} 8{engine}" for engine in ("", " --dp_engine zero3")]
+    data = f"--dp_size {count}"
+    engines = ("bucket", "zero1", "zero3")
+    runs += [f"{LAST} {data} {batch(16)} --dp_engine {engine}" for engine in engines]
+    runs += [f"{PLAIN} {data} {plain}{engine}" for engine in ("", " --dp_engine zero3")]
     ranks = min(count, 4)  # of the other axis; dp has the rest
     rest = f"--dp_size {count // ranks} " if count > ranks else ""
     tokens = 32_768 * ranks
-    runs.append(
-        f"{LAST} --tp_size {ranks} --sequence_parallel {rest}--micro_batch_size {tokens // 2048}"
-    )
-    pipeline = f"--pp_size {ranks} {rest}--micro_batch_size 4 --gradient_accumulation_steps "
-    for engine in ("afab", "1f1b", "interleaved --pp_chunks 3"):
-        runs.append(f"{LAST} {pipeline}{tokens // 8192} --pp_engine {engine}")
-    return [
-        *runs,
-        f"{LAST} --cp_size {ranks} {rest}--micro_batch_size {tokens // 8192} --seq_len 8192",
-    ]
+    runs.append(f"{LAST} --tp_size {ranks} --sequence_parallel {rest}{batch(tokens // 2048)}")
+    pipeline = f"{LAST} --pp_size {ranks} {rest}--micro_batch_size 4 "
+    pipeline += f"--gradient_accumulation_steps {tokens // 8192} --pp_engine "
+    afab = "afab --recompute_elementwise" if small else "afab"
+    runs += [pipeline + engine for engine in (afab, "1f1b", "interleaved --pp_chunks 3")]
+    return [*runs, f"{LAST} --cp_size {ranks} {rest}{batch(tokens // 8192)} --seq_len 8192"]
 
 
 def plain_loop(argv):
@@ -187,7 +194,8 @@ def main():
     if options.gpus and not count:
         sys.exit("error: --gpus: this machine has no CUDA device; leave it out")
 
-    runs = options.runs or (gpu_runs(count) if options.gpus else RUNS)
+    memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if options.gpus else 0
+    runs = options.runs or (gpu_runs(count, memory) if options.gpus else RUNS)
     flags = options.flags or (LARGE if options.gpus else SMALL)
     steps = options.steps or (12 if options.gpus else 120)
     rounds = options.rounds or (1 if options.gpus else 3)

@@ -292,11 +292,14 @@ def test_layouts_for_gpus():
     for count in (2, 4, 8):
         for run in convergence.gpu_runs(count):
             assert sequences_of(run) == 32 and ranks_of(run) in (min(count, 4), count)
-        for run in benchmark.gpu_runs(count):
+        large, small = benchmark.gpu_runs(count, 150), benchmark.gpu_runs(count, 85)
+        for run, half in zip(large, small, strict=True):
             assert ranks_of(run) in (1, count)
-            if "LlamaForCausalLM" not in run:
-                tokens = sequences_of(run) * flag(run, "seq_len", 2048)
-                assert tokens == 32_768 * ranks_of(run), run
+            tokens = sequences_of(run) * flag(run, "seq_len", 2048)
+            assert tokens == 32_768 * ranks_of(run), run
+            assert sequences_of(run) == sequences_of(half) and ranks_of(run) == ranks_of(half)
+            smaller = flag(half, "micro_batch_size", 0) < flag(run, "micro_batch_size", 0)
+            assert smaller or "--recompute" in half or flag(run, "pp_size", 1) > 1
 
 
 def test_times_of_kernels():
