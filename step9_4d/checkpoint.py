@@ -77,12 +77,13 @@ def check_checkpoints(args):
             raise UserError(f"{flag} without a --checkpoint_dir: name one")
         found = []
     else:
+        what, remedy = f"--checkpoint_dir {args.checkpoint_dir}", "name a directory to write to"
         try:
             Path(args.checkpoint_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--checkpoint_dir {args.checkpoint_dir}: {error.strerror}") from None
+            raise UserError(f"{what}: {error.strerror}; {remedy}") from None
         if not os.access(args.checkpoint_dir, os.W_OK):
-            raise UserError(f"--checkpoint_dir {args.checkpoint_dir}: may not be written")
+            raise UserError(f"{what}: may not be written; {remedy}")
         found = checkpoints(args.checkpoint_dir)
     if args.resume == "auto":
         args.resume = found[-1] if found else None
@@ -90,8 +91,8 @@ def check_checkpoints(args):
         args.resume = find("--resume", args.resume)
     if found and (args.resume is None or args.resume.name < found[-1].name):
         raise UserError(
-            f"--checkpoint_dir {args.checkpoint_dir}: a run is there already, up to "
-            f"{found[-1].name}: --resume auto goes on with it, or name another directory"
+            f"{what}: a run is there already, up to {found[-1].name}: --resume auto goes on with "
+            "it, or name another directory"
         )
     if args.resume is not None:
         compare(args, read_about("--resume", args.resume))

@@ -190,7 +190,8 @@ def test_a_run_that_is_another_one_is_refused(step_dir, worlds, saved, flags, wo
     [
         ("--save_every 2", ("--save_every", "--checkpoint_dir")),
         ("--resume auto", ("--resume auto", "--checkpoint_dir")),
-        ("--checkpoint_dir /dev/null/run", ("--checkpoint_dir /dev/null/run", "directory")),
+        ("--checkpoint_dir /dev/null/run", ("--checkpoint_dir /dev/null/run", "name a directory")),
+        ("--checkpoint_dir /dev/null", ("--checkpoint_dir /dev/null: File", "name a directory")),
     ],
 )
 def test_a_place_is_needed(step_dir, worlds, flags, words):
