@@ -34,7 +34,7 @@ def call(run, flags, dtype, function, *args):
 
 
 def distances(found, exact):
-    """{kind of tensor: largest relative distance among the layers' tensors}."""
+    """Relative distances: {"loss", "whole gradient", kind of tensor: its largest among layers}."""
     names = [name for name in exact if name != "loss"]
     squares = sum(np.linalg.norm(found[name] - exact[name]) ** 2 for name in names)
     whole = np.sqrt(squares / sum(np.linalg.norm(exact[name]) ** 2 for name in names))
@@ -46,7 +46,7 @@ def distances(found, exact):
     return largest
 
 
-def measure(runs, after, flags, dtype="float32"):
+def measure(runs, after, flags, dtype):
     """[distances of each RUN in that dtype] after some steps of training with the first one."""
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.npz"
