@@ -12,6 +12,7 @@ Sources: GPipe (arXiv:1811.06965), section 2.3; PipeDream-Flush (arXiv:2006.0950
 
 import collections
 import math
+import warnings
 import weakref
 
 import torch
@@ -22,6 +23,10 @@ from torch.autograd.graph import get_gradient_edge
 import process_group as pg
 from errors import UserError, check_writable
 from timeline import Timeline
+
+# A stage's backward pass begins with a matrix product, in autograd's own thread. That has no CUDA
+# context yet, so torch makes one, as it should, and warns.
+warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
 
 
 def check_pipeline_parallel(args):
