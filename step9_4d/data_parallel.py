@@ -150,7 +150,7 @@ class Bucketed(Naive):
         """
         inside = [p for p in self.parameters[::-1] if ".layers." in p.global_name]
         # A bucket for each chunk, as their last backward passes come at different times.
-        chunks = itertools.groupby(inside, key=lambda p: getattr(p, "chunk", 0))
+        chunks = itertools.groupby(inside, key=lambda p: getattr(p, "chunk_number", 0))
         outside = [[p] for p in self.parameters if ".layers." not in p.global_name]
         lists = (cut_by_size(list(chunk), self.bucket_bytes) for _, chunk in chunks)
         return [*itertools.chain.from_iterable(lists), *outside]

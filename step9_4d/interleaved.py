@@ -108,7 +108,7 @@ def chunk_of(model, index, is_first, is_last):
     mine = {
         name: layer
         for name, layer in whole.layers.items()
-        if next(layer.parameters()).chunk == index
+        if next(layer.parameters()).chunk_number == index
     }
     chunk.model.layers = nn.ModuleDict(mine)
     chunk.model.embed_tokens = whole.embed_tokens if is_first else nn.Identity()

@@ -82,7 +82,7 @@ def apply_pipeline_parallel(model, group, chunks=1):
             del model.model.layers[name]
             continue
         for parameter in layer.parameters():
-            parameter.chunk = chunk
+            parameter.chunk_number = chunk
     if not group.is_first:
         model.model.embed_tokens = nn.Identity()
     if not group.is_last:

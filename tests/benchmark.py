@@ -1,6 +1,6 @@
 """Speed and memory of a list of layouts, beside LlamaForCausalLM of the same shape, in one run.
 
-    python tests/benchmark.py                      # a small model on the CPU
+    python tests/benchmark.py                      # a small model on the CPU, one rank and two
     python tests/benchmark.py --gpus               # 1.8 billion parameters, on the GPUs here
     python tests/benchmark.py --flags "--model_name smollm-135m --seq_len 512" \
         "step3_dataloader --micro_batch_size 8" "LlamaForCausalLM --micro_batch_size 8"
@@ -30,7 +30,16 @@ SMALL = "--num_hidden_layers 4 --seq_len 64"
 LARGE = "--model_name smollm-1.7b --tie_word_embeddings no --device cuda --seq_len 2048 --compile"
 BASE, LAST = "step3_dataloader", "step9_4d"
 PLAIN = "LlamaForCausalLM"
-RUNS = [f"{BASE} --micro_batch_size 12", f"{PLAIN} --micro_batch_size 12"]
+RUNS = [
+    *(f"{step} --micro_batch_size 12" for step in (BASE, PLAIN)),
+    *(
+        f"{LAST} --dp_size 2 --micro_batch_size 6 --dp_engine {name}"
+        for name in ("bucket", "zero3")
+    ),
+    *(f"{PLAIN} --dp_size 2 --micro_batch_size 6{engine}" for engine in ("", " --dp_engine zero3")),
+    *(f"{LAST} --{axis}_size 2 --micro_batch_size 12" for axis in ("tp", "cp")),
+    f"{LAST} --pp_size 2 --micro_batch_size 3 --gradient_accumulation_steps 4",
+]
 
 
 def gpu_runs(count, gigabytes):

@@ -6,6 +6,7 @@ mistake: `python tests/breaks.py halve_norm_gradients step3_dataloader/train.py 
 
 import functools
 import importlib
+import inspect
 import os
 import shutil
 import signal
@@ -77,6 +78,19 @@ def last_micro_batch_only(train):
             return forward_backward(state)
 
     instead(train, spoil)
+
+
+def weights_in_bfloat16(train):
+    """No float32 copy of the weights: what is smaller than their last digit is lost."""
+    train_step = train.train_step
+
+    def rounded(state):
+        metrics = train_step(state)
+        for parameter in state.parameters:
+            parameter.data.copy_(parameter.data.bfloat16())
+        return metrics
+
+    train.train_step = rounded
 
 
 def other_data_on_a_replica(train):
@@ -424,6 +438,71 @@ def host_waits_for_micro_batches(train):
             return forward_backward(state)
 
     instead(train, spoil)
+
+
+def messages_waited_for(train):
+    """Nothing is computed while a message is on its way: neither beside a sum, nor in the ring."""
+    import process_group as pg
+
+    def arrived(result):
+        if isinstance(result, tuple | list):
+            return type(result)(map(arrived, result))
+        if not hasattr(result, "wait"):
+            return result  # a tensor
+        result.wait()
+        return pg.Done()  # gloo would wait for a second message
+
+    def patient(function):
+        return lambda *args, **kwargs: arrived(function(*args, **kwargs))
+
+    for name in ("all_reduce", "all_gather", "reduce_scatter", "exchange"):
+        setattr(pg, name, patient(getattr(pg, name)))
+
+
+def only_layers_compiled(train):
+    """`--compile` without the loss, and without what merges the blocks of a ring."""
+    import torch
+
+    whole = torch.compile
+    # A layer hands over a method of its own, all others are functions.
+    torch.compile = lambda f, **options: whole(f, **options) if inspect.ismethod(f) else f
+
+
+def all_layers_in_one_graph(train):
+    """`--compile` of the whole model at once, instead of one layer that all others are like."""
+    from model import Llama
+
+    Llama.compile_layers = lambda self, backend, *rest: self.compile(backend=backend)
+
+
+def adamw_not_fused(train):
+    """An update in several passes over the weights."""
+    import torch
+
+    AdamW = torch.optim.AdamW
+    torch.optim.AdamW = lambda *args, fused, **options: AdamW(*args, **options)
+
+
+def norm_of_copies(train):
+    """A gradient norm that makes a float64 copy of each gradient first."""
+    import torch
+
+    torch._foreach_norm = lambda gradients, order, dtype: [
+        torch.linalg.vector_norm(gradient, order, dtype=dtype) for gradient in gradients
+    ]
+
+
+def batches_loaded_when_needed(train):
+    """No micro-batch is ready before the device asks for it."""
+
+    def micro_batches(self, step):
+        if step != self.next_step:
+            self.loading = iter(self.load(self.order.cut(self.micro_batch_size, step)))
+        for _ in range(self.micro_batches_a_step):
+            yield self.split(next(self.loading))
+        self.next_step = step + 1
+
+    train.Batches.micro_batches = micro_batches
 
 
 # --- deaths ---------------------------------------------------------------------------------------

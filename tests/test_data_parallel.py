@@ -38,21 +38,23 @@ def test_the_held_out_loss_does_not_depend_on_the_layout(step_dir, worlds, engin
         assert losses == pytest.approx(alone, rel=1e-12)
 
 
-def test_buckets_are_true_to_their_size(step_dir, worlds):
-    buckets, others = worlds(step_dir, 2).run(workers.buckets_of, SMALL, 300_000)
+@pytest.mark.sampled(6, 9)
+@pytest.mark.steps(6)
+@pytest.mark.parametrize("most", [300_000, 25 * 2**20])
+def test_buckets_are_true_to_their_size(step_dir, worlds, most):
+    buckets, others = worlds(step_dir, 2).run(workers.buckets_of, SMALL, most)
     assert buckets == others
-    for names, size in buckets:
-        assert size <= 300_000 or len(names) == 1
-    outside = [names for names, _ in buckets if not any(".layers." in name for name in names)]
-    assert sorted(outside) == [
-        ["lm_head.weight"],
-        ["model.embed_tokens.weight"],
-        ["model.norm.weight"],
+    outside = [bucket for bucket in buckets if not any(".layers." in name for name, _ in bucket)]
+    assert sorted(name for ((name, _),) in outside) == [
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
     ]
-    layers = [size for names, size in buckets if names not in outside]
-    assert len(layers) > 4
-    for one, other in zip(layers, layers[1:], strict=False):
-        assert one + other > 300_000 or one > 200_000, "neighbours that would fit into one"
+    layers = [[size for _, size in bucket] for bucket in buckets if bucket not in outside]
+    assert len(layers) > 4 if most < 2**20 else len(layers) == 1
+    for sizes, following in zip(layers, [*layers[1:], [most]], strict=True):
+        assert sum(sizes) <= most or len(sizes) == 1
+        assert sum(sizes) + following[0] > most, "it would fit into the bucket before"
 
 
 @pytest.mark.parametrize("engine", ["bucket", "zero1", "zero2", "zero3"])

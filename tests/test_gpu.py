@@ -20,7 +20,7 @@ from launch import launch, on_two, ranks_of
 from layouts import ENGINES
 from test_errors import assert_one_line
 from test_huggingface import theirs
-from test_layouts import SHAPE, WHOLE, split
+from test_layouts import SHAPE, WHOLE, assert_bfloat16_trains_like_float32, split
 from test_model import TINY, oracle
 from test_process_group import assert_collectives, assert_mesh
 
@@ -229,6 +229,12 @@ def test_bfloat16_layouts_stay_near_float32(step_dir, train_on, worlds, subtests
             for seen in worlds(step_dir, size).run(workers.reduction_dtypes, argv + split + flags):
                 for what, dtypes in seen.items():
                     assert dtypes <= {"torch.float32", "torch.float64"}, (what, dtypes)
+
+
+@pytest.mark.steps(3)
+def test_bfloat16_curves_stay_near_float32(step_dir, subtests):
+    most_ranks = torch.cuda.device_count()
+    assert_bfloat16_trains_like_float32(step_dir, subtests, "cuda", most_ranks)
 
 
 # Large enough that a layer computes for longer than its weights travel.

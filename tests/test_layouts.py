@@ -2,13 +2,15 @@
 
 import math
 
+import breaks
+import numpy as np
 import pytest
 import workers
 from conftest import step_number
 from harness import RankError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from launch import ranks_of
+from launch import launch, ranks_of
 from layouts import AXES, ENGINES, SIZES, covering, factorisations, flags_of
 
 # 16 heads and 8 kv heads so that later axes divide them; different sequences in every row.
@@ -317,6 +319,13 @@ def test_a_mistake_of_pipelines_is_noticed(step_dir, train_on, mistake, flags, s
     [
         ("layers_fetched_when_needed", "--dp_size 2 --dp_engine zero3 --micro_batch_size 2"),
         ("sends_waited_for", "--pp_size 2 --pp_engine afab --micro_batch_size 4"),
+        ("messages_waited_for", "--tp_size 2 --sequence_parallel --micro_batch_size 4"),
+        ("messages_waited_for", "--cp_size 2 --dp_engine zero1 --micro_batch_size 4"),
+        ("only_layers_compiled", "--cp_size 2 --compile aot_eager --micro_batch_size 4"),
+        ("all_layers_in_one_graph", "--compile aot_eager --micro_batch_size 4"),
+        ("adamw_not_fused", "--micro_batch_size 4"),
+        ("norm_of_copies", "--micro_batch_size 4"),
+        ("batches_loaded_when_needed", "--micro_batch_size 4"),
     ],
 )
 def test_what_makes_a_step_fast_changes_no_number(step_dir, train_on, without, flags):
@@ -345,3 +354,45 @@ def test_the_host_reads_the_device_once_a_step(step_dir, worlds, subtests):
                 world = worlds(step_dir, ranks_of(flags))
                 for reads in world.run(workers.reads_of_a_step, argv + flags):
                     assert reads == ["tolist"]
+
+
+CURVES = {  # by the step that brings the axis
+    3: "--micro_batch_size 8",
+    4: "--tp_size 2 --sequence_parallel --micro_batch_size 8",
+    5: "--cp_size 2 --micro_batch_size 8",
+    6: "--dp_size 2 --dp_engine zero3 --micro_batch_size 4",
+    7: "--pp_size 2 --micro_batch_size 2 --gradient_accumulation_steps 4",
+}
+
+
+def assert_bfloat16_trains_like_float32(step_dir, subtests, device, most_ranks=2):
+    """Losses and gradient norms of 64 updates, a run for each axis.
+
+    The learning rate is so small that weights which are bfloat16 themselves would move too little.
+    """
+    argv = f"--device {device} --num_hidden_layers 2 --seq_len 32 --max_tokens 16384 "
+
+    def curve(flags, through=()):  # [64, 2]
+        result = launch(step_dir, argv + flags, through=through)
+        assert result.code == 0, result.errors
+        return np.array([(step["loss"], step["grad_norm"]) for step in result.metrics])
+
+    def differences(flags, through=()):  # of the losses; of the norms, as a share
+        found = np.abs(curve(flags + " --dtype bfloat16", through) - exact)
+        return found[:, 0].max(), (found[:, 1] / exact[:, 1]).max()
+
+    exact = curve(CURVES[3] + " --dtype float32")
+    assert exact[-1, 0] < exact[0, 0] - 1
+    for first, flags in CURVES.items():
+        if first <= step_number(step_dir) and ranks_of(flags) <= most_ranks:
+            with subtests.test(flags):
+                loss, norm = differences(flags)
+                assert loss < 5e-3 and norm < 3e-2, (loss, norm)
+    loss, _ = differences(CURVES[3], (breaks.__file__, "weights_in_bfloat16"))
+    assert loss > 2e-2, loss
+
+
+@pytest.mark.sampled(3, 9)
+@pytest.mark.steps(3)
+def test_bfloat16_trains_like_float32(step_dir, subtests):
+    assert_bfloat16_trains_like_float32(step_dir, subtests, "cpu")

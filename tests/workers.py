@@ -928,13 +928,13 @@ def trained_and_evaluated(argv):
 
 
 def buckets_of(argv, size):
-    """[[names, bytes]] of the buckets of a given size."""
+    """[(name, bytes) of each parameter] of the buckets of a given size."""
     from data_parallel import Bucketed
 
     with patch.object(Bucketed, "bucket_bytes", size):
         state = build(argv + "--dp_size 2")
     return [
-        [[p.global_name for p in bucket.parameters], sum(p.nbytes for p in bucket.parameters)]
+        [(parameter.global_name, parameter.nbytes) for parameter in bucket.parameters]
         for bucket in state.engine.buckets
     ]
 
