@@ -57,6 +57,13 @@ def test_buckets_are_true_to_their_size(step_dir, worlds, most):
         assert sum(sizes) + following[0] > most, "it would fit into the bucket before"
 
 
+@pytest.mark.steps(9)
+def test_no_tag_of_a_parameter_hides_what_a_tensor_has(step_dir, worlds):
+    """`chunk` is a method: where it was no tag, each parameter had another one of these."""
+    argv = SMALL + "--pp_size 2 --tie_word_embeddings yes"
+    assert worlds(step_dir, 2).run(workers.tags_of_a_tensor, argv) == [[], []]
+
+
 @pytest.mark.parametrize("engine", ["bucket", "zero1", "zero2", "zero3"])
 def test_reductions_begin_while_backward_goes_on(step_dir, worlds, engine):
     argv = SMALL + f"--dp_size 2 --dp_engine {engine} --gradient_accumulation_steps 2"

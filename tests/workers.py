@@ -927,6 +927,12 @@ def trained_and_evaluated(argv):
     return losses
 
 
+def tags_of_a_tensor(argv):
+    """What parameters carry under a name that every tensor has."""
+    tags = {name for parameter in build(argv).model.parameters() for name in vars(parameter)}
+    return [name for name in tags if hasattr(torch.Tensor, name)]
+
+
 def buckets_of(argv, size):
     """[(name, bytes) of each parameter] of the buckets of a given size."""
     from data_parallel import Bucketed
