@@ -13,8 +13,9 @@ import numpy as np
 import numpy_llama
 import pytest
 import workers
+from conftest import step_number
 from harness import World
-from launch import launch
+from launch import launch, on_two
 
 pytestmark = pytest.mark.steps(3, 3)
 DOCUMENTS = ["To be, or not to be,\nthat is the question.\n", "naïve – 東京\n", "", "x" * 300]
@@ -131,12 +132,15 @@ def test_a_tokenizer_that_was_trained_anew_is_noticed(step_dir, cached, tmp_path
         assert tokens.tolist() == [*ids, 0]
 
 
+@pytest.mark.sampled(3, 9)
+@pytest.mark.steps(3)
 def test_the_first_rank_tokenises_once_and_the_others_wait(step_dir, tmp_path):
     (tmp_path / "a.txt").write_text("some text")
     argv = f"--dataset_name {tmp_path / 'a.txt'}"
     caches = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf")}
-    with World(step_dir, 3, **caches) as world:
-        (first, heavy), *others = world.run(workers.tokens_of, argv)
+    size = 3 if step_number(step_dir) == 3 else 2  # replicas, or ranks of its newest axis
+    with World(step_dir, size, **caches) as world:
+        (first, heavy), *others = world.run(workers.tokens_of, argv + on_two(step_dir))
         assert heavy == {"datasets", "transformers"}
         for tokens, heavy in others:
             assert np.array_equal(tokens, first)
