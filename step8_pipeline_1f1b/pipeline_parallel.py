@@ -24,8 +24,8 @@ import process_group as pg
 from errors import UserError, check_writable
 from timeline import Timeline
 
-# A stage's backward pass begins with a matrix product, in autograd's own thread. That has no CUDA
-# context yet, so torch makes one, as it should, and warns.
+# On all stages but the last a backward pass begins with a matrix product, in autograd's own thread.
+# That has no CUDA context yet, so torch makes one, as it should, and warns.
 warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
 
 

@@ -31,13 +31,14 @@ LARGE = "--model_name smollm-1.7b --tie_word_embeddings no --device cuda --seq_l
 BASE, LAST = "step3_dataloader", "step9_4d"
 PLAIN = "LlamaForCausalLM"
 RUNS = [
-    *(f"{step} --micro_batch_size 12" for step in (BASE, PLAIN)),
-    *(
-        f"{LAST} --dp_size 2 --micro_batch_size 6 --dp_engine {name}"
-        for name in ("bucket", "zero3")
-    ),
-    *(f"{PLAIN} --dp_size 2 --micro_batch_size 6{engine}" for engine in ("", " --dp_engine zero3")),
-    *(f"{LAST} --{axis}_size 2 --micro_batch_size 12" for axis in ("tp", "cp")),
+    f"{BASE} --micro_batch_size 12",
+    f"{PLAIN} --micro_batch_size 12",
+    f"{LAST} --dp_size 2 --micro_batch_size 6 --dp_engine bucket",
+    f"{LAST} --dp_size 2 --micro_batch_size 6 --dp_engine zero3",
+    f"{PLAIN} --dp_size 2 --micro_batch_size 6",
+    f"{PLAIN} --dp_size 2 --micro_batch_size 6 --dp_engine zero3",
+    f"{LAST} --tp_size 2 --micro_batch_size 12",
+    f"{LAST} --cp_size 2 --micro_batch_size 12",
     f"{LAST} --pp_size 2 --micro_batch_size 3 --gradient_accumulation_steps 4",
 ]
 

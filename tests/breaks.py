@@ -463,9 +463,9 @@ def only_layers_compiled(train):
     """`--compile` without the loss, and without what merges the blocks of a ring."""
     import torch
 
-    whole = torch.compile
+    original = torch.compile
     # A layer hands over a method of its own, all others are functions.
-    torch.compile = lambda f, **options: whole(f, **options) if inspect.ismethod(f) else f
+    torch.compile = lambda f, **options: original(f, **options) if inspect.ismethod(f) else f
 
 
 def all_layers_in_one_graph(train):
