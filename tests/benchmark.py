@@ -71,7 +71,8 @@ def gpu_runs(count, gigabytes):
     pipeline += f"--gradient_accumulation_steps {tokens // 8192} --pp_engine "
     afab = "afab --recompute_elementwise" if small else "afab"
     runs += [pipeline + engine for engine in (afab, "1f1b", "interleaved --pp_chunks 3")]
-    return [*runs, f"{LAST} --cp_size {ranks} {rest}{batch(tokens // 8192)} --seq_len 8192"]
+    ring = f"{LAST} --cp_size {ranks} {rest}{batch(tokens // 8192)} --dp_engine zero3"
+    return [*runs, f"{ring} --seq_len 8192"]
 
 
 def plain_loop(argv):
