@@ -230,8 +230,7 @@ def one_forward_one_backward(stage, micro_batches):
         stage.talk(stage.after, send=stage.forward(x, next(micro_batches)))
     x = stage.talk(stage.before, receive=True) if steady else None
     for done, micro_batch in enumerate(micro_batches, 1):
-        out = stage.forward(x, micro_batch)
-        grad = stage.talk(stage.after, send=out, receive=True)
+        grad = stage.talk(stage.after, send=stage.forward(x, micro_batch), receive=True)
         x = stage.talk(stage.before, send=stage.backward(grad), receive=done < steady)
     for _ in range(ahead):  # cool-down
         grad = stage.talk(stage.after, receive=True)
