@@ -127,8 +127,7 @@ class ColumnParallel(torch.autograd.Function):
 
 def part(weight, dim, group):
     """This rank's share of a meta weight along a dim; shares differ by one where it is not even."""
-    size = weight.shape[dim]
-    start, stop = (size * place // group.size for place in (group.rank, group.rank + 1))
+    start, stop = (weight.shape[dim] * rank // group.size for rank in (group.rank, group.rank + 1))
     held = tuple(slice(start, stop) if i == dim else s for i, s in enumerate(weight.held))
     share = nn.Parameter(weight.detach()[held])
     share.__dict__.update(weight.__dict__, held=held)
