@@ -18,6 +18,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 import process_group as pg
+from casts import shared_casts
 from errors import UserError, check_writable
 from timeline import Timeline
 
@@ -130,14 +131,15 @@ class Stage:
         on all stages but the last.
         """
         self.begin(targets_in_all)
-        if not backward:
-            for micro_batch in micro_batches:
-                all_forward(self, [micro_batch])
-                self.alive.clear()  # at once: nothing will go backward
-        elif self.group.size == 1:
-            one_by_one(self, micro_batches)
-        else:
-            all_forward_all_backward(self, micro_batches)
+        with shared_casts(self.model, self.micro_batches):
+            if not backward:
+                for micro_batch in micro_batches:
+                    all_forward(self, [micro_batch])
+                    self.alive.clear()  # at once: nothing will go backward
+            elif self.group.size == 1:
+                one_by_one(self, micro_batches)
+            else:
+                all_forward_all_backward(self, micro_batches)
         self.finish_sends()
         return self.total
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import process_group as pg
+from casts import shared
 from errors import UserError
 from rms_norm import rms_norm
 
@@ -141,8 +142,8 @@ def project(x, *linears):
 
     Their gradients for x are added on each rank first: one all-reduce for all of them.
     """
-    group, sequence_parallel = linears[0].group, linears[0].sequence_parallel
-    return ColumnParallel.apply(x, group, sequence_parallel, *(lin.weight for lin in linears))
+    first, weights = linears[0], (shared(linear.weight) for linear in linears)
+    return ColumnParallel.apply(x, first.group, first.sequence_parallel, *weights)
 
 
 @torch.compiler.disable
@@ -171,7 +172,7 @@ class RowParallelLinear(nn.Module):
         self.group, self.sum = group, ReduceScatter if sequence_parallel else AllReduce
 
     def forward(self, x):
-        return communicate(self.sum, F.linear(x, self.weight.to(x.dtype)), self.group)
+        return communicate(self.sum, F.linear(x, shared(self.weight).to(x.dtype)), self.group)
 
 
 class VocabularyParallelEmbedding(nn.Module):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import process_group as pg
+from casts import shared_casts
 from errors import UserError
 from model import Llama
 from pipeline_parallel import SCHEDULES, Stage
@@ -122,7 +123,7 @@ class Interleaved:
     """A rank's chunks, each a `Stage`, and the plan that they follow."""
 
     def __init__(self, args, model, group, engine, device):
-        self.group, self.stages = group, []
+        self.model, self.group, self.stages = model, group, []
         for index in range(args.pp_chunks):
             is_first = group.is_first and index == 0
             is_last = group.is_last and index == args.pp_chunks - 1
@@ -136,13 +137,14 @@ class Interleaved:
         """As `Stage.run`: the sum of losses, a float64 scalar; zero but where the last chunk is."""
         for stage in self.stages:
             stage.begin(targets_in_all)
-        if backward:
-            self.follow(list(micro_batches))
-        else:
-            for micro_batch in micro_batches:
-                self.follow([micro_batch], backward=False)
-                for stage in self.stages:
-                    stage.alive.clear()
+        with shared_casts(self.model, self.stages[0].micro_batches):
+            if backward:
+                self.follow(list(micro_batches))
+            else:
+                for micro_batch in micro_batches:
+                    self.follow([micro_batch], backward=False)
+                    for stage in self.stages:
+                        stage.alive.clear()
         return self.stages[-1].total
 
     def follow(self, micro_batches, backward=True):

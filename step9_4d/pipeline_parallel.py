@@ -21,6 +21,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 import process_group as pg
+from casts import shared_casts
 from errors import UserError, check_writable
 from timeline import Timeline
 
@@ -139,12 +140,13 @@ class Stage:
         on all stages but the last.
         """
         self.begin(targets_in_all)
-        if backward:
-            SCHEDULES[self.schedule](self, micro_batches)
-        else:
-            for micro_batch in micro_batches:
-                all_forward(self, [micro_batch])
-                self.alive.clear()  # at once: nothing will go backward
+        with shared_casts(self.model, self.micro_batches):
+            if backward:
+                SCHEDULES[self.schedule](self, micro_batches)
+            else:
+                for micro_batch in micro_batches:
+                    all_forward(self, [micro_batch])
+                    self.alive.clear()  # at once: nothing will go backward
         self.finish_sends()
         return self.total
 

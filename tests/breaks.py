@@ -4,6 +4,7 @@ Each function takes the `train` module of a step and spoils it. As a script it t
 mistake: `python tests/breaks.py halve_norm_gradients step3_dataloader/train.py --max_tokens 9000`.
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -419,6 +420,17 @@ def sends_waited_for(train):
         return arrived
 
     stage.talk = patient
+
+
+def casts_by_each_micro_batch(train):
+    """No cast of a weight is shared: each micro-batch makes its own, and keeps it."""
+    import pipeline_parallel
+
+    owners = [pipeline_parallel]
+    with contextlib.suppress(ImportError):
+        owners.append(importlib.import_module("interleaved"))
+    for owner in owners:
+        owner.shared_casts = lambda model, micro_batches: contextlib.nullcontext()
 
 
 def host_waits_for_micro_batches(train):

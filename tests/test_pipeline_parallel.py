@@ -82,6 +82,45 @@ def test_an_output_that_was_sent_is_let_go(step_dir, worlds):
     assert worlds(step_dir, 2).run(workers.outputs_alive, argv) == [0, 0]
 
 
+@pytest.mark.sampled(7, 9)
+@pytest.mark.parametrize(
+    "flags",
+    ["", "--tp_size 2 --sequence_parallel", "--compile aot_eager", "--tie_word_embeddings yes",
+     "--dp_size 2 --dp_engine zero1", "--dp_size 2 --dp_engine zero3 --tie_word_embeddings yes",
+     "--activation_checkpointing", "--pp_engine interleaved --gradient_accumulation_steps 4"],
+)  # fmt: skip
+def test_a_shared_cast_changes_no_number(step_dir, train_on, flags):
+    if "interleaved" in flags and step_number(step_dir) < 9:
+        pytest.skip("this schedule comes in step 9")
+    argv = SMALL + f"--pp_size 2 --dtype bfloat16 --gradient_accumulation_steps 3 {flags}"
+    run, ranks = train_on(step_dir, ranks_of(argv), argv, 3), ranks_of(argv)
+    alone = train_on(step_dir, ranks, argv, 3, break_it="casts_by_each_micro_batch")
+    run.assert_same_as(alone, tolerance=0)
+
+
+@pytest.mark.sampled(7, only=True)
+@pytest.mark.parametrize(
+    "flags, bytes_each",
+    [
+        ("", 2),
+        ("--tp_size 2", 2),
+        ("--compile aot_eager", 2),
+        ("--activation_checkpointing", 0),
+        ("--dtype float32", 0),
+    ],
+)
+def test_micro_batches_keep_one_cast_of_a_weight(step_dir, worlds, flags, bytes_each):
+    """What autograd keeps under AFAB grows with their number m by what each has of its own: it is
+    casts + m x, and so casts = 3 (casts + 2 x) - 2 (casts + 3 x)."""
+    argv = SMALL + f"--pp_size 2 --dtype bfloat16 {flags} --gradient_accumulation_steps "
+    world = worlds(step_dir, ranks_of(argv))
+    afab = "" if step_number(step_dir) == 7 else " --pp_engine afab"
+    two, three = (world.run(workers.bytes_kept_of_a_step, f"{argv}{m}{afab}") for m in (2, 3))
+    for (of_two, matrices), (of_three, _) in zip(two, three, strict=True):
+        assert matrices > 0
+        assert 3 * of_two - 2 * of_three == bytes_each * matrices
+
+
 @pytest.mark.sampled(8, only=True)
 @pytest.mark.parametrize(
     "stages, count",

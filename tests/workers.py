@@ -272,6 +272,26 @@ def saved_bytes(argv):
     return sum(kept.values())
 
 
+def bytes_kept_of_a_step(argv):
+    """Bytes that autograd keeps of all micro-batches together, weights apart; and how many weights
+    the linear layers have."""
+    import train
+
+    torch.compiler.reset()
+    state, kept = build(argv), {}
+    own = {p.untyped_storage()._cdata for p in state.model.parameters()}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor  # which also holds on to its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        train.forward_backward(state)
+    size = sum(x.untyped_storage().nbytes() for storage, x in kept.items() if storage not in own)
+    matrices = [p for p in state.model.parameters() if p.dim() > 1 and "embed" not in p.global_name]
+    return size, sum(matrix.numel() for matrix in matrices)
+
+
 def optimizer_groups(argv):
     """[(weight decay, {dims of its parameters})]."""
     state = build(argv)
