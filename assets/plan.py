@@ -72,7 +72,9 @@ class Stage:
         self.replicas = args.dp_size * args.cp_size  # step 6
         engine = args.dp_engine if self.replicas > 1 else "naive"
         self.zero = int(engine[-1]) if "zero" in engine else 0
-        self.casts_head = tp == 1 and not (self.zero == 3 and self.head)
+        # Step 7: several micro-batches share casts, but for a head that is tied.
+        self.shares = self.m > 1 and not args.activation_checkpointing
+        self.casts_head = tp == 1 and not (self.head and (self.zero == 3 or self.shares))
 
     def kept(self):
         """Bytes that autograd keeps of a micro-batch: of a whole layer, in layers, at the end."""
@@ -81,13 +83,17 @@ class Stage:
         # Step 5: and the k and v that came last.
         inner = 2 * self.q + (2 + 2 * (a.cp_size > 1)) * self.kv + 4 * self.f
         # Step 1 casts a weight where it is used, and autograd keeps the copy; not step 4's columns,
-        # and not what zero3 has gathered in bfloat16.
-        casts = 2 * (self.rows + alone * self.columns) * (self.zero < 3)
+        # not what zero3 has gathered in bfloat16, and not what is shared.
+        casts = 0 if self.zero == 3 or self.shares else 2 * (self.rows + alone * self.columns)
         whole = 2 * t * (4 * self.between + inner) + casts
         layer = 2 * t * self.between if a.activation_checkpointing else whole
         # The last norm; logits in float32, and a copy of the head where it is cast.
         end = 4 * t * self.between + (self.casts_head * 2 * self.h + 4 * t) * self.vocab
         return whole, self.layers * layer, self.last * end
+
+    def casts(self):
+        """Bytes of the casts that all micro-batches share."""
+        return 2 * (self.layers * self.matrices + self.head) * (self.shares and self.zero < 3)
 
     def memory(self):
         """Bytes by what they are for, at the fullest moment of a step."""
@@ -104,7 +110,7 @@ class Stage:
             "weights": size / (n if self.zero == 3 else 1),
             "gradients": size * (self.zero < 2) + size / n * (self.zero > 0),  # whole, a shard
             "moments": 2 * size / (n if self.zero >= 1 else 1),
-            "activations": self.alive * layers + end,
+            "activations": self.alive * layers + end + self.casts(),
             "in passing": passing + max(anew, self.last * 8 * self.tokens * self.vocab),
         }
 

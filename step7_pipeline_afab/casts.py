@@ -1,8 +1,8 @@
 """One cast of each weight for all micro-batches of a step.
 
 A product in bfloat16 needs its float32 weight in bfloat16, forward and backward, so autograd keeps
-the cast from the one pass to the other: 2 bytes a weight. Of one micro-batch after the other that
-is one cast at a time; of several that are alive on a stage it would be one each, all the same.
+the cast from the one pass to the other: 2 bytes a weight. Micro-batches that go backward one by one
+keep one at a time; those that are alive together on a stage would keep one each, all the same.
 Source: mixed precision (arXiv:1710.03740), section 3.1.
 """
 
@@ -12,7 +12,8 @@ import torch
 
 
 class SharedCast(torch.autograd.Function):
-    """A cast that is there already. Its gradient is cast back, as if it had been made here."""
+    """A cast that is there already, in the place of one made here: its gradient is cast back here,
+    in the middle of the backward pass, and goes to the weight at once."""
 
     @staticmethod
     def forward(ctx, weight, cast):
@@ -32,11 +33,11 @@ def shared(weight):
 
 @contextlib.contextmanager
 def shared_casts(model, micro_batches):
-    """Meanwhile so many micro-batches share a cast of each matrix, which autograd then keeps once.
+    """Meanwhile so many micro-batches share one cast of each matrix.
 
-    One micro-batch has nothing to share, and with activation checkpointing none is kept. Left out
-    are weights that have the dtype of the computation, as those that zero3 gathers, and the table
-    of the embedding, which is not cast, be it tied or not.
+    One alone has nothing to share, and with activation checkpointing none is kept. Left out are
+    weights in the dtype of the computation, such as those that zero3 gathers, and the table of the
+    embedding: it is not cast, and where it is tied zero3 has not gathered it yet.
     """
     matrices = []
     if micro_batches > 1 and not model.model.activation_checkpointing:

@@ -99,6 +99,16 @@ def test_a_shared_cast_changes_no_number(step_dir, train_on, flags):
 
 
 @pytest.mark.sampled(7, only=True)
+@pytest.mark.parametrize("flags", ["", "--tp_size 2", "--compile aot_eager"])
+def test_a_gradient_through_a_shared_cast_does_not_wait(step_dir, worlds, flags):
+    """Or those of all matrices come last, and nothing is left to hide their sum over dp behind."""
+    argv = SMALL + f"--pp_size 2 --dtype bfloat16 --gradient_accumulation_steps 2 {flags}"
+    for layers in worlds(step_dir, ranks_of(argv)).run(workers.order_of_gradients, argv):
+        assert len(layers) == 2 * 9
+        assert layers == sorted(layers, reverse=True)
+
+
+@pytest.mark.sampled(7, only=True)
 @pytest.mark.parametrize(
     "flags, bytes_each",
     [

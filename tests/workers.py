@@ -292,6 +292,18 @@ def bytes_kept_of_a_step(argv):
     return size, sum(matrix.numel() for matrix in matrices)
 
 
+def order_of_gradients(argv):
+    """The layers whose weights get a gradient in the last backward pass, one after the other."""
+    import train
+
+    state, order = build(argv), []
+    for parameter in state.model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: order.append(p.global_name))
+    train.forward_backward(state)
+    last = order[-len(list(state.model.parameters())) :]
+    return [int(name.split(".")[2]) for name in last if ".layers." in name]
+
+
 def optimizer_groups(argv):
     """[(weight decay, {dims of its parameters})]."""
     state = build(argv)
