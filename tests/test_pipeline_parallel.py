@@ -82,7 +82,7 @@ def test_an_output_that_was_sent_is_let_go(step_dir, worlds):
     assert worlds(step_dir, 2).run(workers.outputs_alive, argv) == [0, 0]
 
 
-@pytest.mark.sampled(7, 9)
+@pytest.mark.sampled(9, only=True)
 @pytest.mark.parametrize(
     "flags",
     ["", "--tp_size 2 --sequence_parallel", "--compile aot_eager", "--tie_word_embeddings yes",
