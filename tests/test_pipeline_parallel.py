@@ -108,6 +108,18 @@ def test_a_gradient_through_a_shared_cast_does_not_wait(step_dir, worlds, flags)
         assert layers == sorted(layers, reverse=True)
 
 
+def assert_casts_are_kept_once(step_dir, worlds, flags, bytes_each):
+    """What autograd keeps under AFAB grows with their number m by what each has of its own: it is
+    casts + m x, and so casts = 3 (casts + 2 x) - 2 (casts + 3 x)."""
+    argv = SMALL + f"--pp_size 2 --dtype bfloat16 {flags} --gradient_accumulation_steps "
+    world = worlds(step_dir, ranks_of(argv))
+    afab = "" if step_number(step_dir) == 7 else " --pp_engine afab"
+    two, three = (world.run(workers.bytes_kept_of_a_step, f"{argv}{m}{afab}") for m in (2, 3))
+    for (of_two, matrices), (of_three, _) in zip(two, three, strict=True):
+        assert matrices > 0
+        assert 3 * of_two - 2 * of_three == bytes_each * matrices
+
+
 @pytest.mark.sampled(7, only=True)
 @pytest.mark.parametrize(
     "flags, bytes_each",
@@ -120,15 +132,7 @@ def test_a_gradient_through_a_shared_cast_does_not_wait(step_dir, worlds, flags)
     ],
 )
 def test_micro_batches_keep_one_cast_of_a_weight(step_dir, worlds, flags, bytes_each):
-    """What autograd keeps under AFAB grows with their number m by what each has of its own: it is
-    casts + m x, and so casts = 3 (casts + 2 x) - 2 (casts + 3 x)."""
-    argv = SMALL + f"--pp_size 2 --dtype bfloat16 {flags} --gradient_accumulation_steps "
-    world = worlds(step_dir, ranks_of(argv))
-    afab = "" if step_number(step_dir) == 7 else " --pp_engine afab"
-    two, three = (world.run(workers.bytes_kept_of_a_step, f"{argv}{m}{afab}") for m in (2, 3))
-    for (of_two, matrices), (of_three, _) in zip(two, three, strict=True):
-        assert matrices > 0
-        assert 3 * of_two - 2 * of_three == bytes_each * matrices
+    assert_casts_are_kept_once(step_dir, worlds, flags, bytes_each)
 
 
 @pytest.mark.sampled(8, only=True)
