@@ -72,28 +72,33 @@ class Stage:
         self.replicas = args.dp_size * args.cp_size  # step 6
         engine = args.dp_engine if self.replicas > 1 else "naive"
         self.zero = int(engine[-1]) if "zero" in engine else 0
-        # Step 7: several micro-batches share casts, but for a head that is tied.
+        # Step 7: several micro-batches share casts, but not of step 4's columns or a tied head.
         self.shares = self.m > 1 and not args.activation_checkpointing
         self.casts_head = tp == 1 and not (self.head and (self.zero == 3 or self.shares))
 
     def kept(self):
         """Bytes that autograd keeps of a micro-batch: of a whole layer, in layers, at the end."""
-        a, t, alone = self.args, self.tokens, self.args.tp_size == 1
+        a, t = self.args, self.tokens
         # Step 4: what comes in and its norm, twice; q, out, k, v; gate, silu, up, their product.
         # Step 5: and the k and v that came last.
         inner = 2 * self.q + (2 + 2 * (a.cp_size > 1)) * self.kv + 4 * self.f
-        # Step 1 casts a weight where it is used, and autograd keeps the copy; not step 4's columns,
-        # not what zero3 has gathered in bfloat16, and not what is shared.
-        casts = 0 if self.zero == 3 or self.shares else 2 * (self.rows + alone * self.columns)
+        # Step 1 casts a weight where it is used, and autograd keeps the copy, if it is not shared.
+        casts = 0 if self.shares else self.casts_of_a_layer()
         whole = 2 * t * (4 * self.between + inner) + casts
         layer = 2 * t * self.between if a.activation_checkpointing else whole
         # The last norm; logits in float32, and a copy of the head where it is cast.
         end = 4 * t * self.between + (self.casts_head * 2 * self.h + 4 * t) * self.vocab
         return whole, self.layers * layer, self.last * end
 
+    def casts_of_a_layer(self):
+        """Bytes; not of step 4's columns, and not of what zero3 has gathered in bfloat16."""
+        alone = self.args.tp_size == 1
+        return 2 * (self.rows + alone * self.columns) * (self.zero < 3)
+
     def casts(self):
         """Bytes of the casts that all micro-batches share."""
-        return 2 * (self.layers * self.matrices + self.head) * (self.shares and self.zero < 3)
+        head = 2 * self.head * (self.args.tp_size == 1 and self.zero < 3)
+        return self.shares * (self.layers * self.casts_of_a_layer() + head)
 
     def memory(self):
         """Bytes by what they are for, at the fullest moment of a step."""

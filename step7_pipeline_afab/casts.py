@@ -12,8 +12,8 @@ import torch
 
 
 class SharedCast(torch.autograd.Function):
-    """A cast that is there already, in the place of one made here: its gradient is cast back here,
-    in the middle of the backward pass, and goes to the weight at once."""
+    """Stands where a cast would: forward it hands out the one that is there, backward it casts the
+    gradient to the weight's dtype, at once."""
 
     @staticmethod
     def forward(ctx, weight, cast):
@@ -32,18 +32,18 @@ def shared(weight):
 
 
 @contextlib.contextmanager
-def shared_casts(model, micro_batches):
-    """Meanwhile so many micro-batches share one cast of each matrix.
+def shared_casts(model, args):
+    """Inside, all micro-batches of a step use one cast of each matrix.
 
-    One alone has nothing to share, and with activation checkpointing none is kept. Left out are
-    weights in the dtype of the computation, such as those that zero3 gathers, and the table of the
-    embedding: it is not cast, and where it is tied zero3 has not gathered it yet.
+    There is none for a single micro-batch, nor where layers are computed again and keep no casts;
+    none of weights in the dtype of the computation, as zero3's, and of step 4's columns, which cast
+    anew; and none of the embedding's table, even if it is the head: zero3 has not gathered it yet.
     """
-    matrices = []
-    if micro_batches > 1 and not model.model.activation_checkpointing:
-        matrices = [weight for weight in model.parameters() if weight.dim() > 1]
-    dtype, table = model.model.dtype, "model.embed_tokens.weight"
-    weights = [w for w in matrices if w.dtype != dtype and w.global_name != table]
+    again = args.activation_checkpointing or args.recompute_elementwise
+    weights, dtype = [], model.model.dtype
+    if args.gradient_accumulation_steps > 1 and not again:
+        weights = [w for w in model.parameters() if w.dim() > 1 and len(w) == w.full_shape[0]]
+        weights = [w for w in weights if "embed_tokens" not in w.global_name and w.dtype != dtype]
     for weight in weights:
         weight.cast = weight.detach().to(dtype)
     try:

@@ -142,8 +142,8 @@ def project(x, *linears):
 
     Their gradients for x are added on each rank first: one all-reduce for all of them.
     """
-    first, weights = linears[0], (shared(linear.weight) for linear in linears)
-    return ColumnParallel.apply(x, first.group, first.sequence_parallel, *weights)
+    group, sequence_parallel = linears[0].group, linears[0].sequence_parallel
+    return ColumnParallel.apply(x, group, sequence_parallel, *(lin.weight for lin in linears))
 
 
 @torch.compiler.disable

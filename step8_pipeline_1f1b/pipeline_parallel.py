@@ -116,7 +116,8 @@ class Stage:
     """A rank's part of the model, and its way of talking to the stages before and after."""
 
     def __init__(self, args, model, group, engine, device):
-        self.model, self.engine, self.device, self.group = model, engine, device, group
+        self.args, self.model, self.engine = args, model, engine
+        self.device, self.group = device, group
         self.before = None if group.is_first else group.previous
         self.after = None if group.is_last else group.next
         self.shape = message_shape(args)
@@ -136,7 +137,7 @@ class Stage:
         on all stages but the last.
         """
         self.begin(targets_in_all)
-        with shared_casts(self.model, self.micro_batches):
+        with shared_casts(self.model, self.args):
             if backward:
                 SCHEDULES[self.schedule](self, micro_batches)
             else:

@@ -123,7 +123,7 @@ class Interleaved:
     """A rank's chunks, each a `Stage`, and the plan that they follow."""
 
     def __init__(self, args, model, group, engine, device):
-        self.model, self.group, self.stages = model, group, []
+        self.args, self.model, self.group, self.stages = args, model, group, []
         for index in range(args.pp_chunks):
             is_first = group.is_first and index == 0
             is_last = group.is_last and index == args.pp_chunks - 1
@@ -137,7 +137,7 @@ class Interleaved:
         """As `Stage.run`: the sum of losses, a float64 scalar; zero but where the last chunk is."""
         for stage in self.stages:
             stage.begin(targets_in_all)
-        with shared_casts(self.model, self.stages[0].micro_batches):
+        with shared_casts(self.model, self.args):
             if backward:
                 self.follow(list(micro_batches))
             else:

@@ -86,6 +86,7 @@ def test_an_output_that_was_sent_is_let_go(step_dir, worlds):
 @pytest.mark.parametrize(
     "flags",
     ["", "--tp_size 2 --sequence_parallel", "--compile aot_eager", "--tie_word_embeddings yes",
+     "--compile aot_eager --recompute_elementwise",
      "--dp_size 2 --dp_engine zero1", "--dp_size 2 --dp_engine zero3 --tie_word_embeddings yes",
      "--activation_checkpointing", "--pp_engine interleaved --gradient_accumulation_steps 4"],
 )  # fmt: skip
@@ -127,6 +128,7 @@ def assert_casts_are_kept_once(step_dir, worlds, flags, bytes_each):
         ("", 2),
         ("--tp_size 2", 2),
         ("--compile aot_eager", 2),
+        ("--compile aot_eager --recompute_elementwise", 0),
         ("--activation_checkpointing", 0),
         ("--dtype float32", 0),
     ],

@@ -273,8 +273,8 @@ def saved_bytes(argv):
 
 
 def bytes_kept_of_a_step(argv):
-    """Bytes that autograd keeps of all micro-batches together, weights apart; and how many weights
-    the linear layers have."""
+    """Bytes that autograd keeps of all micro-batches together, with all casts, without weights; and
+    how many weights there are in matrices whose rows are all here."""
     import train
 
     torch.compiler.reset()
@@ -282,14 +282,16 @@ def bytes_kept_of_a_step(argv):
     own = {p.untyped_storage()._cdata for p in state.model.parameters()}
 
     def keep(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor  # which also holds on to its address
+        casts = [p.cast for p in state.model.parameters() if hasattr(p, "cast")]
+        # Held on to, so that nothing else gets the address of one that is gone.
+        kept.update((x.untyped_storage()._cdata, x) for x in (tensor, *casts))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         train.forward_backward(state)
     size = sum(x.untyped_storage().nbytes() for storage, x in kept.items() if storage not in own)
     matrices = [p for p in state.model.parameters() if p.dim() > 1 and "embed" not in p.global_name]
-    return size, sum(matrix.numel() for matrix in matrices)
+    return size, sum(p.numel() for p in matrices if len(p) == p.full_shape[0])
 
 
 def order_of_gradients(argv):
