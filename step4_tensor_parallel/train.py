@@ -150,10 +150,7 @@ def forward_backward(state):
 
 
 def evaluate(state):
-    """Mean loss over the sequences of `Batches.evaluation`, a number.
-
-    Autograd stays on, so that compiled layers need no second version; its graph is dropped.
-    """
+    """Mean held-out loss, a number. Autograd stays on: compiled layers need no second version."""
     targets = len(state.data.held_out) * state.args.seq_len
     return mean_loss(state, state.data.evaluation(), targets, backward=False).item()
 
