@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 import process_group as pg
+from casts import shared_casts
 from context_parallel import (
     apply_context_parallel,
     check_context_parallel,
@@ -163,7 +164,8 @@ def mean_loss(state, micro_batches, targets_in_all, backward):
     targets_in_all: of all micro-batches together. Each one's sum is divided by it, so that the
     sum of the gradients is the gradient of the mean.
     """
-    total = state.stage.run(micro_batches, targets_in_all, backward)
+    with shared_casts(state.model, state.args):
+        total = state.stage.run(micro_batches, targets_in_all, backward)
     return pg.all_reduce(total, state.mesh.group("pp", "dp", "cp"))
 
 

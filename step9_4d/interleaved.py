@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 import process_group as pg
-from casts import shared_casts
 from errors import UserError
 from model import Llama
 from pipeline_parallel import SCHEDULES, Stage
@@ -123,7 +122,7 @@ class Interleaved:
     """A rank's chunks, each a `Stage`, and the plan that they follow."""
 
     def __init__(self, args, model, group, engine, device):
-        self.args, self.model, self.group, self.stages = args, model, group, []
+        self.group, self.stages = group, []
         for index in range(args.pp_chunks):
             is_first = group.is_first and index == 0
             is_last = group.is_last and index == args.pp_chunks - 1
@@ -137,14 +136,13 @@ class Interleaved:
         """As `Stage.run`: the sum of losses, a float64 scalar; zero but where the last chunk is."""
         for stage in self.stages:
             stage.begin(targets_in_all)
-        with shared_casts(self.model, self.args):
-            if backward:
-                self.follow(list(micro_batches))
-            else:
-                for micro_batch in micro_batches:
-                    self.follow([micro_batch], backward=False)
-                    for stage in self.stages:
-                        stage.alive.clear()
+        if backward:
+            self.follow(list(micro_batches))
+        else:
+            for micro_batch in micro_batches:
+                self.follow([micro_batch], backward=False)
+                for stage in self.stages:
+                    stage.alive.clear()
         return self.stages[-1].total
 
     def follow(self, micro_batches, backward=True):

@@ -21,7 +21,6 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 import process_group as pg
-from casts import shared_casts
 from errors import UserError, check_writable
 from timeline import Timeline
 
@@ -120,8 +119,7 @@ class Stage:
     """A rank's part of the model, and its way of talking to the stages before and after."""
 
     def __init__(self, args, model, group, engine, device):
-        self.args, self.model, self.engine = args, model, engine
-        self.device, self.group = device, group
+        self.model, self.engine, self.device, self.group = model, engine, device, group
         self.before = None if group.is_first else group.previous
         self.after = None if group.is_last else group.next
         self.shape = message_shape(args)
@@ -141,13 +139,12 @@ class Stage:
         on all stages but the last.
         """
         self.begin(targets_in_all)
-        with shared_casts(self.model, self.args):
-            if backward:
-                SCHEDULES[self.schedule](self, micro_batches)
-            else:
-                for micro_batch in micro_batches:
-                    all_forward(self, [micro_batch])
-                    self.alive.clear()  # at once: nothing will go backward
+        if backward:
+            SCHEDULES[self.schedule](self, micro_batches)
+        else:
+            for micro_batch in micro_batches:
+                all_forward(self, [micro_batch])
+                self.alive.clear()  # at once: nothing will go backward
         self.finish_sends()
         return self.total
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 import process_group as pg
+from casts import shared_casts
 from checkpoint import check_checkpoints, listen, load, save_if_due
 from config_file import parse_with_file, write_config
 from context_parallel import (
@@ -189,7 +190,8 @@ def mean_loss(state, micro_batches, targets_in_all, backward):
     targets_in_all: of all micro-batches together. Each one's sum is divided by it, so that the
     sum of the gradients is the gradient of the mean.
     """
-    total = state.stage.run(micro_batches, targets_in_all, backward)
+    with shared_casts(state.model, state.args):
+        total = state.stage.run(micro_batches, targets_in_all, backward)
     return pg.all_reduce(total, state.mesh.group("pp", "dp", "cp"))
 
 

@@ -424,13 +424,7 @@ def sends_waited_for(train):
 
 def casts_by_each_micro_batch(train):
     """No cast of a weight is shared: each micro-batch makes its own, and keeps it."""
-    import pipeline_parallel
-
-    owners = [pipeline_parallel]
-    with contextlib.suppress(ImportError):
-        owners.append(importlib.import_module("interleaved"))
-    for owner in owners:
-        owner.shared_casts = lambda model, args: contextlib.nullcontext()
+    train.shared_casts = lambda model, args: contextlib.nullcontext()
 
 
 def host_waits_for_micro_batches(train):

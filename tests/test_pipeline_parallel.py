@@ -86,9 +86,8 @@ def test_an_output_that_was_sent_is_let_go(step_dir, worlds):
 @pytest.mark.parametrize(
     "flags",
     ["", "--tp_size 2 --sequence_parallel", "--compile aot_eager", "--tie_word_embeddings yes",
-     "--compile aot_eager --recompute_elementwise",
      "--dp_size 2 --dp_engine zero1", "--dp_size 2 --dp_engine zero3 --tie_word_embeddings yes",
-     "--activation_checkpointing", "--pp_engine interleaved --gradient_accumulation_steps 4"],
+     "--pp_engine interleaved --gradient_accumulation_steps 4"],
 )  # fmt: skip
 def test_a_shared_cast_changes_no_number(step_dir, train_on, flags):
     if "interleaved" in flags and step_number(step_dir) < 9:
