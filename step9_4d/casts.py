@@ -7,28 +7,26 @@ Source: mixed precision (arXiv:1710.03740), section 3.1.
 """
 
 import contextlib
-
-import torch
-
-
-class SharedCast(torch.autograd.Function):
-    """Stands where a cast would: forward it hands out the one that is there, backward it casts the
-    gradient to the weight's dtype, at once."""
-
-    @staticmethod
-    def forward(ctx, weight, cast):
-        ctx.dtype = weight.dtype
-        return cast.view_as(cast)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.to(ctx.dtype), None
+import functools
 
 
 def shared(weight):
     """The cast of a weight that all micro-batches share, or the weight itself if there is none."""
-    cast = getattr(weight, "cast", None)
-    return weight if cast is None else SharedCast.apply(weight, cast)
+    return getattr(weight, "cast", weight)
+
+
+def hand_over(weight, cast):
+    """Hook: add the gradient that a backward pass has found for a cast to its weight's.
+
+    The sum is in float32, and one kernel makes it; autograd would first make a float32 copy.
+    """
+    if weight.grad is None:
+        weight.grad = cast.grad.to(weight.dtype)
+    else:
+        weight.grad += cast.grad
+    cast.grad = None
+    for hook in (weight._post_accumulate_grad_hooks or {}).values():  # those of step 6
+        hook(weight)
 
 
 @contextlib.contextmanager
@@ -45,7 +43,9 @@ def shared_casts(model, args):
         weights = [w for w in model.parameters() if w.dim() > 1 and len(w) == w.full_shape[0]]
         weights = [w for w in weights if "embed_tokens" not in w.global_name and w.dtype != dtype]
     for weight in weights:
-        weight.cast = weight.detach().to(dtype)
+        weight.cast = weight.detach().to(dtype).requires_grad_()
+        hook = functools.partial(hand_over, weight)
+        weight.cast.register_post_accumulate_grad_hook(hook)
     try:
         yield
     finally:
