@@ -140,6 +140,7 @@ def mean_loss(state, micro_batches, targets_in_all, backward):
         if backward:
             loss.backward()
         total += loss.detach()
+        del loss  # and what autograd keeps for it, or an evaluation holds two micro-batches
     return total
 
 

@@ -157,6 +157,7 @@ def mean_loss(state, micro_batches, targets_in_all, backward):
             state.engine.last_backward = index + 1 == state.args.gradient_accumulation_steps
             loss.backward()
         total += loss.detach()
+        del loss  # and what autograd keeps for it, or an evaluation holds two micro-batches
     return pg.all_reduce(total, state.engine.group)
 
 

@@ -15,7 +15,7 @@ import pytest
 import workers
 from conftest import step_number
 from harness import World
-from launch import launch, on_two
+from launch import launch, on_two, ranks_of
 
 pytestmark = pytest.mark.steps(3, 3)
 DOCUMENTS = ["To be, or not to be,\nthat is the question.\n", "naïve – 東京\n", "", "x" * 300]
@@ -246,6 +246,17 @@ def test_the_held_out_loss_is_that_of_the_oracle(step_dir, worlds, split, seq_le
     places = np.arange(seq_len)
     expected, _ = numpy_llama.loss_and_gradients(weights, config, tokens, targets, places)
     assert loss == pytest.approx(expected / targets.size, rel=1e-12)
+
+
+@pytest.mark.steps(3)
+@pytest.mark.sampled(7)
+def test_an_evaluation_keeps_one_micro_batch_at_a_time(step_dir, worlds):
+    """Nothing goes backward, so nothing lets go of what autograd keeps but the loop itself."""
+    argv = "--num_hidden_layers 2 --seq_len 16 --dataset_name random" + on_two(step_dir)
+    for one, three in worlds(step_dir, ranks_of(argv)).run(
+        workers.bytes_kept_to_evaluate, argv, [1, 3]
+    ):
+        assert one == three > 0
 
 
 def test_the_seed_gives_the_order(step_dir, worlds):

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 from unittest.mock import patch
 
 import numpy as np
@@ -661,6 +662,31 @@ def evaluated(argv):
     weights = {p.global_name: p.detach().numpy() for p in state.model.parameters()}
     both = torch.cat(tokens).numpy(), torch.cat(targets).numpy()
     return train.evaluate(state), weights, state.args.config, *both
+
+
+def bytes_kept_to_evaluate(argv, counts):
+    """The most that autograd keeps at a time while so many micro-batches are looked at."""
+    import weakref
+
+    import train
+
+    class Kept:
+        def __init__(self, x):
+            self.x = x.detach()  # x may be what the operator made: a circle, until it is collected
+            now[0] += x.nbytes
+            most[-1] = max(most[-1], now[0])
+            weakref.finalize(self, let_go, x.nbytes)
+
+    def let_go(nbytes):
+        now[0] -= nbytes
+
+    state, now, most = build(argv), [0], []
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.x):
+        for count in counts:
+            most.append(0)
+            micro_batches = itertools.islice(state.data.evaluation(), count)
+            train.mean_loss(state, micro_batches, 1, backward=False)
+    return most
 
 
 def preset_sizes():
