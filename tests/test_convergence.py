@@ -166,6 +166,14 @@ def test_rounding_of_gradients():
     assert "choose 0 or more" in command("rounding.py", whole, "--after=-1", code=1)
 
 
+def test_rounding_of_the_heads_product():
+    flags = SMALL.split() + ["--device", "cpu", "--micro_batch_size", "6"]
+    found = rows(command("head_rounding.py", "--after", "2", *flags))
+    assert [row[0] for row in found] == ["8", "16", "32"]  # of 1, 2, 4 sequences of 8
+    assert all(1e-9 < float(cell) < 1e-6 for row in found for cell in row[1:3])
+    assert "choose 0 or more" in command("head_rounding.py", "--after=-1", *flags, code=1)
+
+
 @pytest.mark.steps(9, 9)
 @pytest.mark.parametrize(
     "layout",
