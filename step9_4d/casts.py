@@ -25,7 +25,8 @@ def hand_over(weight, cast):
     else:
         weight.grad += cast.grad
     cast.grad = None
-    for hook in (weight._post_accumulate_grad_hooks or {}).values():  # those of step 6
+    # The hooks of step 6, which nothing public runs: autograd knows only those of the cast.
+    for hook in (weight._post_accumulate_grad_hooks or {}).values():
         hook(weight)
 
 

@@ -6,7 +6,8 @@ Trains step 3 with these flags, in float32. Then, for the sequences of the next 
 the gradient of the last hidden states, (p - y) W, a sum over the vocabulary, is computed as
 autograd does for micro-batches of 1, 2, 4, … of them: with the whole head, and as the sum over its
 halves, which tp 2 makes. The table has the distance ‖float32 − float64‖ / ‖float64‖ from the same
-p - y and W, and on CUDA the kernel that PyTorch's library chose for the whole head.
+p - y and W; of the whole head's error the share of the norm that all tokens have in common; and on
+CUDA the kernel that PyTorch's library chose for the whole head.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from launch import machine, table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "step3_dataloader"))
 import train
+from errors import UserError
 
 MOST = 16  # sequences
 
@@ -60,7 +62,10 @@ def main():
     options, flags = parser.parse_known_args()
     if options.after < 0:
         sys.exit(f"error: --after {options.after}: choose 0 or more")
-    state = train.setup(train.parse_args([*flags, "--dtype", "float32"]))
+    try:
+        state = train.setup(train.parse_args([*flags, "--dtype", "float32"]))
+    except UserError as error:
+        sys.exit(f"error: {error}")
     for _ in range(options.after):
         train.train_step(state)
     hidden, weight, gradient = head_and_gradient(state)
@@ -71,12 +76,14 @@ def main():
     while size <= len(hidden):
         whole, kernels = of_hidden(hidden, weight, gradient, size)
         split = sum(of_hidden(hidden, weight[h], gradient[..., h], size)[0] for h in halves)
-        errors = [(x.double() - exact).norm() / exact.norm() for x in (whole, split)]
-        cells = [f"{error.item():.2e}" for error in errors]
+        errors = [x.double() - exact for x in (whole, split)]
+        cells = [f"{(error.norm() / exact.norm()).item():.2e}" for error in errors]
+        alike = errors[0].mean((0, 1)).expand_as(exact).norm() / errors[0].norm()
+        cells.append(f"{alike.item():.2f}")
         rows.append([size * hidden.shape[1], *cells, ", ".join(sorted(kernels))])
         size *= 2
     print(f"{machine()}, after {options.after} steps\n{' '.join(flags)}\n")
-    print(table(["rows", "whole head", "sum of its halves", "kernel"], rows))
+    print(table(["rows", "whole head", "sum of its halves", "in common", "kernel"], rows))
 
 
 if __name__ == "__main__":

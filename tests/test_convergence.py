@@ -171,7 +171,18 @@ def test_rounding_of_the_heads_product():
     found = rows(command("head_rounding.py", "--after", "2", *flags))
     assert [row[0] for row in found] == ["8", "16", "32"]  # of 1, 2, 4 sequences of 8
     assert all(1e-9 < float(cell) < 1e-6 for row in found for cell in row[1:3])
+    assert all(0 < float(row[3]) < 1 for row in found)
+    assert found != rows(command("head_rounding.py", "--after", "0", *flags))
     assert "choose 0 or more" in command("head_rounding.py", "--after=-1", *flags, code=1)
+    words = command("head_rounding.py", "--no_such_flag", "1", code=1)
+    assert words.startswith("error: unrecognized arguments: --no_such_flag 1")
+
+
+@pytest.mark.steps(3, 3)
+def test_the_heads_gradient_is_autograds(step_dir, worlds):
+    argv = SMALL + " --device cpu --dtype float32 --micro_batch_size 6"
+    (error,) = worlds(step_dir, 1).run(workers.error_of_the_heads_gradient, argv)
+    assert error < 1e-6
 
 
 @pytest.mark.steps(9, 9)

@@ -150,6 +150,19 @@ def gradients_at(argv, weights, step):
     return [whole, *pieces(state.parameters, lambda p: p.grad)]
 
 
+def error_of_the_heads_gradient(argv):
+    """How far `head_rounding`'s p - y is from autograd's gradient of the logits, relatively."""
+    from head_rounding import head_and_gradient
+
+    state = build(argv)
+    hidden, weight, gradient = head_and_gradient(state)
+    _, targets, _ = next(state.data.micro_batches(0))
+    logits = (hidden @ weight.T).requires_grad_()
+    loss = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="sum")
+    (expected,) = torch.autograd.grad(loss, logits)
+    return ((gradient - expected).norm() / expected.norm()).item()
+
+
 def dtypes_of_a_step(argv):
     """{dtype: operators} of a step, the optimizer's update apart; dtypes of the state by kind."""
     import train
