@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import process_group as pg
-from casts import shared
+from casts import cast_of
 from errors import UserError
 from rms_norm import rms_norm
 
@@ -172,7 +172,7 @@ class RowParallelLinear(nn.Module):
         self.group, self.sum = group, ReduceScatter if sequence_parallel else AllReduce
 
     def forward(self, x):
-        return communicate(self.sum, F.linear(x, shared(self.weight).to(x.dtype)), self.group)
+        return communicate(self.sum, F.linear(x, cast_of(self.weight).to(x.dtype)), self.group)
 
 
 class VocabularyParallelEmbedding(nn.Module):

@@ -10,7 +10,7 @@ import contextlib
 import functools
 
 
-def shared(weight):
+def cast_of(weight):
     """The cast of a weight that all micro-batches share, or the weight itself if there is none."""
     return getattr(weight, "cast", weight)
 

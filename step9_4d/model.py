@@ -15,7 +15,7 @@ from torch._functorch import config as partitioner
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from casts import shared
+from casts import cast_of
 from rms_norm import rms_norm
 
 # PyTorch tries them in this order and takes the first that knows the dtype. On an H200 cuDNN is
@@ -94,7 +94,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x):
-        return F.linear(x, shared(self.weight).to(x.dtype))
+        return F.linear(x, cast_of(self.weight).to(x.dtype))
 
 
 class Embedding(nn.Module):

@@ -29,11 +29,11 @@ MOST = 16  # sequences
 
 def head_and_gradient(state):
     """h [batch, seq, hidden], W [vocab, hidden] and p - y [batch, seq, vocab] of the next step."""
-    pairs = [(t, y, at) for t, y, at in state.data.micro_batches(state.step)]
-    tokens, targets = (torch.cat([pair[i] for pair in pairs])[:MOST] for i in range(2))
+    *pairs, positions = zip(*state.data.micro_batches(state.step), strict=True)
+    tokens, targets = (torch.cat(parts)[:MOST] for parts in pairs)
     weight = state.model.lm_head.weight.detach()
     with torch.no_grad():
-        hidden = torch.cat([state.model.model(row, pairs[0][2]) for row in tokens.split(1)])
+        hidden = torch.cat([state.model.model(row, positions[0]) for row in tokens.split(1)])
         gradient = torch.softmax(F.linear(hidden, weight).double(), -1)
         gradient -= F.one_hot(targets, len(weight))
     return hidden, weight, gradient.float()
