@@ -4,75 +4,16 @@ python train.py
 """
 
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from errors import (
-    ArgumentParser,
-    UserError,
-    check_writable,
-    non_negative_float,
-    non_negative_int,
-    positive_float,
-    positive_int,
-    stop,
-)
+from errors import UserError, run
+from flags import DTYPES, parse_args
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
-from presets import load_config
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
-
-def parse_args(argv):
-    """Read the command line and check all that can be checked before any work; raises UserError."""
-    parser = ArgumentParser(description=__doc__, allow_abbrev=False)
-    # model
-    parser.add_argument("--model_name", default="debug", help="preset, directory or hub id")
-    parser.add_argument("--num_hidden_layers", type=positive_int)
-    parser.add_argument("--num_attention_heads", type=positive_int)
-    parser.add_argument("--num_key_value_heads", type=positive_int)
-    parser.add_argument("--hidden_size", type=positive_int)
-    parser.add_argument("--intermediate_size", type=positive_int)
-    parser.add_argument("--vocab_size", type=positive_int)
-    parser.add_argument("--tie_word_embeddings", choices=["config", "yes", "no"], default="config")
-    # batch and optimizer
-    parser.add_argument("--seq_len", type=positive_int, default=128, help="tokens a sequence")
-    parser.add_argument("--micro_batch_size", type=positive_int, default=4, help="sequences")
-    parser.add_argument("--max_tokens", type=positive_int, default=200_000, help="to train on")
-    parser.add_argument("--learning_rate", type=positive_float, default=3e-4)
-    parser.add_argument("--warmup_steps", type=non_negative_int, default=20)
-    parser.add_argument("--weight_decay", type=non_negative_float, default=0.1)
-    parser.add_argument("--max_grad_norm", type=positive_float, default=1.0, help="inf: no clip")
-    parser.add_argument("--seed", type=non_negative_int, default=42)
-    # machine
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else float32")
-    parser.add_argument("--compile", nargs="?", const="inductor", choices=["inductor", "aot_eager"])
-    parser.add_argument("--recompute_elementwise", action="store_true", help="with --compile")
-    parser.add_argument("--activation_checkpointing", action="store_true")
-    # reports
-    parser.add_argument("--run_name", help="of the run in Weights & Biases")
-    parser.add_argument("--use_wandb", action="store_true")
-    parser.add_argument("--metrics_file", help="one line of JSON a step goes here")
-    args = parser.parse_args(argv)
-
-    if args.recompute_elementwise and not args.compile:
-        raise UserError("--recompute_elementwise: it is the compiler that does it; add --compile")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
-    check_writable("--metrics_file", args.metrics_file)
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    args.config = load_config(args)
-    args.tokens_per_step = args.micro_batch_size * args.seq_len
-    args.total_steps = -(-args.max_tokens // args.tokens_per_step)  # rounded up
-    return args
 
 
 @dataclass
@@ -169,7 +110,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args(sys.argv[1:]))
-    except UserError as error:
-        stop(error)
+    run(main, parse_args)

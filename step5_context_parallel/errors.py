@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import signal
 import sys
 import time
 
@@ -48,6 +49,24 @@ def stop(error):
     sys.stdout.flush()
     print(f"error: {error}", file=sys.stderr, flush=True)
     os._exit(2)
+
+
+def interrupted(number, frame):
+    """Ctrl-C or SIGUSR1: one line and the exit code that a shell would give."""
+    line = f"error: stopped by {signal.Signals(number).name}\n"
+    if RANK == 0:
+        os.write(2, line.encode())  # not by print, which may be what was interrupted
+    os._exit(128 + number)
+
+
+def run(main, parse_args):
+    """Run a program on its command line; whatever ends it early is one line."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, interrupted)
+    try:
+        main(parse_args(sys.argv[1:]))
+    except UserError as error:
+        stop(error)
 
 
 def whole_number(text, least):

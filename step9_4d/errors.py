@@ -52,6 +52,24 @@ def stop(error):
     os._exit(2)
 
 
+def interrupted(number, frame):
+    """Ctrl-C or SIGUSR1: one line and the exit code that a shell would give."""
+    line = f"error: stopped by {signal.Signals(number).name}\n"
+    if RANK == 0:
+        os.write(2, line.encode())  # not by print, which may be what was interrupted
+    os._exit(128 + number)
+
+
+def run(main, parse_args):
+    """Run a program on its command line; whatever ends it early is one line."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, interrupted)
+    try:
+        main(parse_args(sys.argv[1:]))
+    except UserError as error:
+        stop(error)
+
+
 def whole_number(text, least):
     """argparse type: an integer of at least `least`."""
     if not re.fullmatch("[0-9]+", text) or int(text) < least:

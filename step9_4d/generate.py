@@ -4,7 +4,6 @@ python generate.py --checkpoint runs/first --prompt "def "
 torchrun --nproc_per_node 2 generate.py --load_hf exported --tp_size 2
 """
 
-import sys
 from types import SimpleNamespace
 
 import torch
@@ -19,14 +18,14 @@ from errors import (
     non_negative_float,
     non_negative_int,
     positive_int,
-    stop,
+    run,
 )
+from flags import DTYPES
 from huggingface import check_directory, is_local, load_hf, stored_slices
 from model import Llama, causal_attention, materialize
 from presets import from_transformers, hub_is_unreachable
 from resharding import read_weights
 from tensor_parallel import apply_tensor_parallel, check_tensor_parallel
-from train import DTYPES
 
 
 def parse_args(argv):
@@ -171,7 +170,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args(sys.argv[1:]))
-    except UserError as error:
-        stop(error)
+    run(main, parse_args)

@@ -11,7 +11,6 @@ import errno
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +20,7 @@ from safetensors import safe_open
 import process_group as pg
 from checkpoint import find, read_about
 from corpus import load_tokenizer, tokenizer_of
-from errors import ArgumentParser, UserError, in_one_line, note, stop
+from errors import ArgumentParser, UserError, in_one_line, note, run
 from model import Llama, materialize
 from presets import hub_is_unreachable, load_config
 from resharding import read_weights, tensors_of, write_tensors
@@ -172,12 +171,17 @@ def export(checkpoint, directory, config, dtype, tokenizer_name):
     shutil.rmtree(hidden(directory))
 
 
-def main(argv):
+def parse_args(argv):
+    """Read the command line; raises UserError."""
     parser = ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--checkpoint", required=True, help="or the directory of a run's")
     parser.add_argument("--save_hf", required=True, help="a directory to write")
     args = parser.parse_args(argv)
     check_save_hf(args.save_hf)
+    return args
+
+
+def main(args):
     path = find("--checkpoint", args.checkpoint)
     about = read_about("--checkpoint", path)
     if not is_local(about["tokenizer"]):
@@ -188,7 +192,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        stop(error)
+    run(main, parse_args)

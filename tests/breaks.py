@@ -580,8 +580,5 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(script).resolve().parent)
     train = importlib.import_module("train")
     globals()[name](train)
-    errors = importlib.import_module("errors")
-    try:
-        train.main(train.parse_args(argv))
-    except errors.UserError as error:
-        errors.stop(error)
+    sys.argv = [script, *argv]
+    importlib.import_module("errors").run(train.main, train.parse_args)

@@ -331,22 +331,24 @@ def test_a_sound_chain_passes_with_a_line_for_each_step(chain):
 
 
 @pytest.mark.parametrize(
-    ("number", "room", "limit"), [(3, 59, 60), (4, 40, 40), (8, 40, 40), (9, 150, 150)]
+    ("number", "room", "limit"), [(3, 59, 60), (4, 40, 40), (8, 40, 40), (9, 300, 300)]
 )
 def test_how_many_lines_a_step_may_add(chain, number, room, limit):
     chain.lengthen(9)
-    chain.grow(number, "train.py", code("more", room))
+    chain.grow(number, "train.py", code("more", room // 2))
+    chain.grow(number, "data.py" if number > 3 else "model.py", code("rest", room - room // 2))
     chain.run("check")
     chain.grow(number, "model.py", "another = 1\n")
     expected = f"adds {limit + 1} lines to old files, {limit} are allowed"
     assert expected in chain.run("check", fails=True)
 
 
-def test_new_files_and_the_topic_of_step_eight_are_not_counted(chain):
+def test_new_files_the_command_line_and_the_topic_of_step_eight_are_not_counted(chain):
     chain.lengthen(8)
     for number, name in ((7, "pipeline"), (8, "schedule")):
         chain.write(f"step{number}_more/pipeline_parallel.py", code(name, 300))
-    assert "step8_more               1 files changed  +0 -0" in chain.run("check")
+        chain.write(f"step{number}_more/flags.py", code(f"flag_{name}", 300))
+    assert "step8_more               2 files changed  +0 -0" in chain.run("check")
 
 
 BREAKS = {
@@ -371,6 +373,10 @@ BREAKS = {
             4, "train.py", FLAG.format('tp-size", dest="tp_size') + "args.tp_sizes\n"
         ),
         f"{FOUR}/train.py: --tp-size does nothing yet",
+    ),
+    "a flag of flags.py that does nothing": (
+        lambda chain: chain.write(f"{FOUR}/flags.py", FLAG.format("cp_size")),
+        f"{FOUR}/flags.py: --cp_size does nothing yet",
     ),
     "reformatting": (
         lambda chain: chain.edit(f"{FOUR}/model.py", "model_02 =", "\nmodel_02  ="),

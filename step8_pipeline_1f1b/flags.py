@@ -1,0 +1,93 @@
+"""The command line: what each flag is, and what can be checked before any work."""
+
+import torch
+
+import process_group as pg
+from context_parallel import check_context_parallel
+from corpus import local_files
+from errors import (
+    ArgumentParser,
+    UserError,
+    check_writable,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+)
+from pipeline_parallel import SCHEDULES, check_pipeline_parallel
+from presets import load_config
+from tensor_parallel import check_tensor_parallel
+from zero import ENGINES
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def parse_args(argv):
+    """Read the command line and check all that can be checked before any work; raises UserError."""
+    parser = ArgumentParser(description="Train a Llama: see README.md.", allow_abbrev=False)
+    # model
+    parser.add_argument("--model_name", default="debug", help="preset, directory or hub id")
+    parser.add_argument("--num_hidden_layers", type=positive_int)
+    parser.add_argument("--num_attention_heads", type=positive_int)
+    parser.add_argument("--num_key_value_heads", type=positive_int)
+    parser.add_argument("--hidden_size", type=positive_int)
+    parser.add_argument("--intermediate_size", type=positive_int)
+    parser.add_argument("--vocab_size", type=positive_int)
+    parser.add_argument("--tie_word_embeddings", choices=["config", "yes", "no"], default="config")
+    # data
+    parser.add_argument("--dataset_name", default="python-stdlib", help="file, folder or hub id")
+    parser.add_argument("--dataset_config", help="of a data set on the hub")
+    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--tokenizer_name", help="bytes, directory or hub id; default: the model's")
+    parser.add_argument("--num_proc", type=positive_int, default=1, help="tokenising processes")
+    parser.add_argument("--num_workers", type=non_negative_int, default=0, help="loading processes")
+    # batch and optimizer
+    parser.add_argument("--seq_len", type=positive_int, default=128, help="tokens a sequence")
+    parser.add_argument("--micro_batch_size", type=positive_int, default=4, help="sequences")
+    parser.add_argument("--gradient_accumulation_steps", type=positive_int, default=1)
+    parser.add_argument("--max_tokens", type=positive_int, default=400_000, help="to train on")
+    parser.add_argument("--learning_rate", type=positive_float, default=3e-4)
+    parser.add_argument("--warmup_steps", type=non_negative_int, default=20)
+    parser.add_argument("--weight_decay", type=non_negative_float, default=0.1)
+    parser.add_argument("--max_grad_norm", type=positive_float, default=1.0, help="inf: no clip")
+    parser.add_argument("--seed", type=non_negative_int, default=42)
+    # machine
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else float32")
+    parser.add_argument("--compile", nargs="?", const="inductor", choices=["inductor", "aot_eager"])
+    parser.add_argument("--recompute_elementwise", action="store_true", help="with --compile")
+    parser.add_argument("--activation_checkpointing", action="store_true")
+    # layout
+    parser.add_argument("--tp_size", type=positive_int, default=1, help="ranks that share a layer")
+    parser.add_argument("--sequence_parallel", action="store_true", help="and what is between them")
+    parser.add_argument("--cp_size", type=positive_int, default=1, help="ranks for a sequence")
+    parser.add_argument("--dp_size", type=positive_int, default=1, help="ranks for a batch")
+    parser.add_argument("--dp_engine", choices=ENGINES, default="bucket")
+    parser.add_argument("--pp_size", type=positive_int, default=1, help="ranks for the layers")
+    parser.add_argument("--pp_engine", choices=SCHEDULES, default="1f1b")
+    # reports
+    parser.add_argument("--run_name", help="of the run in Weights & Biases")
+    parser.add_argument("--use_wandb", action="store_true")
+    parser.add_argument("--comm_ledger", action="store_true", help="count one step's traffic")
+    parser.add_argument("--timeline", help="a trace of what each rank did when goes here")
+    parser.add_argument("--metrics_file", help="one line of JSON a step goes here")
+    args = parser.parse_args(argv)
+
+    if args.recompute_elementwise and not args.compile:
+        raise UserError("--recompute_elementwise: it is the compiler that does it; add --compile")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
+    pg.check_world(args.device, args.tp_size, args.cp_size, args.dp_size, args.pp_size)
+    check_writable("--metrics_file", args.metrics_file)
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    args.config = load_config(args)
+    check_context_parallel(args)
+    check_tensor_parallel(args)
+    check_pipeline_parallel(args)
+    local_files(args.dataset_name)  # raises for a path that is not there
+    sequences = args.micro_batch_size * args.gradient_accumulation_steps * args.dp_size
+    args.tokens_per_step = sequences * args.seq_len
+    args.total_steps = -(-args.max_tokens // args.tokens_per_step)  # rounded up
+    return args
