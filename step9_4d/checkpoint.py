@@ -1,13 +1,14 @@
 """Checkpoints that do not know the layout: a run that was saved on one goes on on any other.
 
-    DIR/step_00000020/   weights and optimizer state, and checkpoint.json, which says of what
+    DIR/step_00000020/   one of them, see run_directory.py
     DIR/config.json      the flags of the run
+    DIR/LOCK             the process that writes here, see lock.py
     DIR/RESUME           a run was asked to stop; there is more to train
 
-A checkpoint is complete or absent: written aside, then renamed. The order of the data is a function
-of the step, so that number is all there is to save of it.
+The order of the data is a function of the step, so that number is all there is to save of it.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -18,47 +19,23 @@ from pathlib import Path
 import torch.distributed as dist
 
 import process_group as pg
+import run_directory
 from corpus import tokenizer_of
-from errors import UserError, in_one_line, note
+from errors import UserError, note
 from presets import preset
-from resharding import read_tensors, tensors_of, write_tensors
+from resharding import all_finite, read_tensors, tensors_of, write_tensors
+from run_directory import checkpoints, find, newest_sound, own, read_about
 
 MODEL_FIELDS = sorted(vars(preset("debug")))  # of a configuration
 # What makes a run another one, but may be meant.
-MAY_CHANGE = ("dataset_name", "tokenizer_name", "max_tokens", "learning_rate", "warmup_steps",
-              "weight_decay", "max_grad_norm", "dtype")  # fmt: skip
+MAY_CHANGE = (
+    *("dataset_name", "dataset_config", "text_column", "tokenizer_name", "max_tokens"),
+    *("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "dtype"),
+)
 
 
-def checkpoints(directory):
-    """The complete checkpoints of a directory, oldest first."""
-    return sorted(path for path in Path(directory).glob("step_*") if path.is_dir())
-
-
-def find(flag, directory):
-    """The checkpoint that a flag's directory is, or the latest in it; raises UserError."""
-    path = Path(directory)
-    found = [path] if (path / "checkpoint.json").exists() else checkpoints(path)
-    if not found:
-        raise UserError(f"{flag} {directory}: no checkpoint there, nor in it; name one")
-    return found[-1]
-
-
-def read_about(flag, path):
-    """The checkpoint.json of a checkpoint, once its files are found to be whole.
-
-    A dict of step, flags, model and files, their sizes in bytes. Raises UserError.
-    """
-    remedy = "the checkpoint is damaged, name another one"
-    try:
-        about = json.loads((path / "checkpoint.json").read_text())
-        sizes = {name: (path / name).stat().st_size for name in about["files"]}
-        _ = [about[key] for key in ("step", "flags", "model", "tokenizer", "dtype")]  # all there
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{flag} {path}: {in_one_line(error)}: {remedy}") from None
-    for name, size in about["files"].items():
-        if sizes[name] != size:
-            raise UserError(f"{flag} {path}: {name} has {sizes[name]} of {size} bytes: {remedy}")
-    return about
+class NotSaved(UserError):
+    """A checkpoint could not be written; what is there is whole, and a later one may succeed."""
 
 
 def model_fields(config):
@@ -66,16 +43,18 @@ def model_fields(config):
     return {name: getattr(config, name) for name in MODEL_FIELDS}
 
 
-def check_checkpoints(args):
+def choose_checkpoint(args):
     """Put the checkpoint to go on from into `args.resume`, None for a fresh start.
 
-    Raises UserError for one that is missing, damaged, or of a run that is another one.
+    And what it says of itself into `args.resumed`. Raises UserError for one that is missing or
+    damaged; with `auto` the newest one that is not counts.
     """
+    args.auto, args.found, args.damaged = args.resume == "auto", [], []
+    args.resumed, args.lock = None, None
     if args.checkpoint_dir is None:
-        if args.save_every is not None or args.resume == "auto":
+        if args.save_every is not None or args.auto:
             flag = "--save_every" if args.save_every is not None else "--resume auto"
             raise UserError(f"{flag} without a --checkpoint_dir: name one")
-        found = []
     else:
         what, remedy = f"--checkpoint_dir {args.checkpoint_dir}", "name a directory to write to"
         try:
@@ -84,23 +63,23 @@ def check_checkpoints(args):
             raise UserError(f"{what}: {error.strerror}; {remedy}") from None
         if not os.access(args.checkpoint_dir, os.W_OK):
             raise UserError(f"{what}: may not be written; {remedy}")
-        found = checkpoints(args.checkpoint_dir)
-    if args.resume == "auto":
-        args.resume = found[-1] if found else None
+        args.found = checkpoints(args.checkpoint_dir)
+    if args.auto:
+        args.resume, args.resumed = newest_sound("--resume auto:", args.found)
     elif args.resume is not None:
         args.resume = find("--resume", args.resume)
-    if found and (args.resume is None or args.resume.name < found[-1].name):
+        args.resumed = read_about("--resume", args.resume)
+    step = args.resumed["step"] if args.resumed else 0
+    if args.found and not args.auto and run_directory.name_of(step) < args.found[-1].name:
         raise UserError(
-            f"{what}: a run is there already, up to {found[-1].name}: --resume auto goes on with "
-            "it, or name another directory"
+            f"{what}: a run is there already, up to {args.found[-1].name}: --resume auto goes on "
+            "with it, or name another directory"
         )
-    if args.resume is not None:
-        compare(args, read_about("--resume", args.resume))
 
 
 def compare(args, about):
     """Raise UserError, with both values, where a checkpoint's run is not this one."""
-    there, here = about["flags"], args.flags
+    there, here = {**args.flags, **about["flags"]}, args.flags  # an older one may lack a flag
     pairs = [(f"--{name}", there[name], here[name]) for name in ("seed", "seq_len")]
     batch = ["micro_batch_size", "gradient_accumulation_steps", "dp_size"]
     pairs.append((
@@ -109,7 +88,8 @@ def compare(args, about):
     ))  # fmt: skip
     # As JSON has it, where a float is as it was and a tuple is a list.
     model = json.loads(json.dumps(model_fields(args.config)))
-    pairs += [(f"a model of {name}", about["model"].get(name), model[name]) for name in model]
+    before = {**model, **about["model"]}
+    pairs += [(f"a model of {name}", before[name], model[name]) for name in model]
     tokenizers = about["tokenizer"], tokenizer_of(args)
     if "bytes" in tokenizers:  # others may have moved
         pairs.append(("--tokenizer_name", *tokenizers))
@@ -121,93 +101,168 @@ def compare(args, about):
             note(f"--resume {args.resume}: until now --{name} was {there[name]}")
 
 
+def compare_data(args, about):
+    """Say so where a checkpoint's run was trained on other tokens, whatever their name."""
+    if about["data"] != args.data:
+        then, now = (
+            f"{data['tokens']} tokens of sha256 {data['sha256']:.8}"
+            for data in (about["data"], args.data)
+        )
+        note(
+            f"--resume {args.resume}: the data are not those it was trained on until now ({then}; "
+            f"now {now}); what is held out from now on may have been trained on"
+        )
+
+
+def identity(tokens):
+    """What a run trains on, by its content and not by its name: {"tokens": …, "sha256": …, …}."""
+    if (file := getattr(tokens, "filename", None)) is not None:  # mapped, from the cache
+        about = json.loads(Path(file).with_name("about.json").read_text())
+        return {key: about.get(key) for key in ("tokens", "held_out", "sha256")}
+    digest = hashlib.sha256(tokens.tobytes()).hexdigest()
+    return {"tokens": len(tokens), "held_out": None, "sha256": digest}
+
+
 def listen(state):
-    """Let SIGTERM ask for a stop after the current step, where there is a place to save to."""
+    """Let signals ask for a stop after the current step, where there is a place to save to.
+
+    SIGTERM comes from launchers, SIGINT from Ctrl-C, SIGUSR1 from Slurm before a time limit.
+    """
     if state.args.checkpoint_dir is not None:
-        signal.signal(signal.SIGTERM, lambda *_: setattr(state, "asked_to_stop", True))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, lambda number, _: setattr(state, "asked_to_stop", number))
 
 
 def save_if_due(state):
-    """Save every `--save_every` steps, after the last one, and when asked to stop."""
+    """Save every `--save_every` steps, after the last one, and when asked to stop.
+
+    A save that fails in between is noted, and training goes on; one that fails after the last step
+    is kept in `state.not_saved`, because there may still be a model to export. Raises UserError.
+    """
     args = state.args
+    last = state.step == args.total_steps
     regular = args.save_every is not None and state.step % args.save_every == 0
-    if args.checkpoint_dir and (regular or state.stop or state.step == args.total_steps):
-        save(state)
+    if args.checkpoint_dir and (regular or state.stop or last):
+        try:
+            save(state)
+        except NotSaved as error:
+            if state.stop:
+                raise
+            state.not_saved = error if last else None
+            note(f"{error}; step {state.step} is not saved")
     if state.stop:
-        note(f"stopped by SIGTERM after step {state.step}: go on with --resume auto")
+        name = signal.Signals(state.stop).name
+        note(f"stopped by {name} after step {state.step}: go on with --resume auto")
 
 
 def save(state):
     """Save the run as it is after a step, and delete what `--keep_last` does not keep.
 
     If a rank dies meanwhile, what is there is a hidden directory, which the next save removes.
-    Raises UserError if it can't be written, or if the hosts do not share it.
+    Raises UserError if there are numbers that are not finite, if the hosts share no directory, or
+    if another run has taken it; NotSaved if the disk refuses.
     """
-    directory, name = Path(state.args.checkpoint_dir), f"step_{state.step:08d}"
-    aside = directory / f".{name}"
+    args, directory = state.args, Path(state.args.checkpoint_dir)
     dist.barrier()  # no survivor of a dead rank goes any further
-    on_first(state, lambda: (clean(directory), aside.mkdir()))
-    missing = pg.max_over_ranks([not aside.is_dir()], state.mesh.world, state.device)
-    if missing.item():
-        raise UserError(f"--checkpoint_dir {directory}: name one that all hosts share")
-    tensors = tensors_of(state.parameters, state.model.parameter_names, state.optimizer)
-    write_tensors(tensors, aside)
-
-    def complete():
-        write_about(state.args, state.step, aside)
-        aside.rename(directory / name)
-        for old in checkpoints(directory)[: -state.args.keep_last]:
-            old.rename(directory / f".{old.name}")
-        clean(directory)
-        if state.stop:
-            (directory / "RESUME").write_text(name + "\n")
-
-    on_first(state, complete)
-
-
-def on_first(state, act):
-    """Let the first rank change files; if it can't, raises UserError on every rank."""
-
-    def tried():
-        try:
-            act()
-        except OSError as error:
-            raise UserError(f"--checkpoint_dir {state.args.checkpoint_dir}: {error}") from error
-
-    pg.from_first(state.mesh.world, tried)
+    tensors = tensors_of(state.parameters, state.optimizer)
+    if not all(pg.from_all(state.mesh.world, lambda: all_finite(tensors))):
+        raise UserError(
+            f"the weights are not finite after step {state.step}, which is not saved: lower "
+            f"--learning_rate {args.learning_rate}{last_good(args)}"
+        )
+    aside = on_first(state, lambda: run_directory.begin(directory, state.step))
+    try:
+        if not all(pg.from_all(state.mesh.world, aside.is_dir)):
+            raise UserError(f"--checkpoint_dir {directory}: name one that all hosts share")
+        files = write_tensors(tensors, aside, state.mesh.world)
+        on_first(state, lambda: complete(state, files, aside))
+    except (OSError, UserError) as error:
+        if state.mesh.world.is_first:
+            shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise not_saved(args, error) from error
+        raise
 
 
-def clean(directory):
-    """Delete what is not complete, or no longer."""
-    for left in directory.glob(".step_*"):
-        shutil.rmtree(left)
-    (directory / "RESUME").unlink(missing_ok=True)
-
-
-def write_about(args, step, directory):
-    """Write checkpoint.json, the last file of a checkpoint."""
-    about = {
-        "step": step,
+def complete(state, files, aside):
+    """On the first rank: all that makes a directory of tensors a checkpoint with a name."""
+    args, directory = state.args, Path(state.args.checkpoint_dir)
+    others = run_directory.write_tokenizer(tokenizer_of(args), aside)
+    run_directory.write_about(aside, {
+        "step": state.step,
+        "run": run_directory.run_id(directory),
         "flags": args.flags,
         "tokenizer": tokenizer_of(args),
         "dtype": "float64" if args.dtype == "float64" else "float32",  # of the weights
         "model": model_fields(args.config),
-        "files": {path.name: path.stat().st_size for path in sorted(directory.iterdir())},
-    }
-    with open(directory / "checkpoint.json", "w") as file:
-        json.dump(about, file, indent=1)
-        os.fsync(file.fileno())
+        "data": args.data,
+        "files": files,
+        "others": others,
+    })  # fmt: skip
+    if args.lock is not None:
+        args.lock.check()
+    run_directory.complete(aside, directory, state.step)
+    run_directory.keep(directory, args.keep_last, args.damaged)
+    if state.stop:
+        (directory / "RESUME").write_text(run_directory.name_of(state.step) + "\n")
+
+
+def on_first(state, act):
+    """Let the first rank change files, and return what it returns; if it can't, NotSaved on all."""
+    try:
+        return pg.from_first(state.mesh.world, act)
+    except OSError as error:
+        raise not_saved(state.args, error) from error
+
+
+def not_saved(args, error):
+    where = f" ({error.filename})" if error.filename else ""
+    what = f"--checkpoint_dir {args.checkpoint_dir}: {error.strerror}{where}"
+    return NotSaved(f"{what}; make room, or name another directory")
+
+
+def last_good(args):
+    """What an error adds: the checkpoint to go on from, where there is one."""
+    found = own(args.checkpoint_dir) if args.checkpoint_dir else []
+    return f"; the last good checkpoint is {found[-1]}" if found else ""
 
 
 def load(state):
     """Go on from the checkpoint in `args.resume`, whatever layout it was saved on.
 
-    Raises UserError for files that can't be read.
+    Raises UserError, on every rank, for files that are not as they were written; with `--resume
+    auto` all ranks then take the next older one.
     """
-    path = state.args.resume
-    tensors = tensors_of(state.parameters, state.model.parameter_names, state.optimizer)
-    read_tensors(tensors, path)
+    args, world = state.args, state.mesh.world
+    tensors = tensors_of(state.parameters, state.optimizer)
+
+    def read():
+        about = read_about("--resume", args.resume)
+        read_tensors(tensors, args.resume, about["files"])
+        return about
+
+    def next_older():
+        return newest_sound("--resume", [p for p in args.found if p.name < args.resume.name])
+
+    while (about := read_by_all(args, world, read)) is None:
+        args.damaged.append(args.resume)
+        args.resume, args.resumed = pg.from_first(world, next_older)
+        if args.resume is None:
+            raise UserError("--resume auto: no checkpoint here is sound: name another directory")
+        compare(args, args.resumed)
+    compare_data(args, about)
     state.engine.finish_update()
-    state.step = read_about("--resume", path)["step"]
+    state.step = about["step"]
     for entry in state.optimizer.state.values():
         entry["step"].fill_(state.step)
+
+
+def read_by_all(args, world, read):
+    """What `read` returns, None where a rank finds damage and an older checkpoint may do."""
+    try:
+        return pg.from_all(world, read)[0]
+    except UserError as error:
+        if not args.auto:
+            remedy = "the checkpoint is damaged, name another one"
+            raise UserError(f"--resume {error}: {remedy}") from None
+        note(f"--resume auto: {error}; an older one is tried")

@@ -3,7 +3,7 @@
 import torch
 
 import process_group as pg
-from checkpoint import check_checkpoints
+from checkpoint import choose_checkpoint, compare
 from config_file import parse_with_file
 from context_parallel import check_context_parallel
 from corpus import local_files
@@ -95,6 +95,7 @@ def parse_args(argv):
     pg.check_world(args.device, args.tp_size, args.cp_size, args.dp_size, args.pp_size)
     check_writable("--metrics_file", args.metrics_file)
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    choose_checkpoint(args)
     args.config = load_checked_config(args)
     check_context_parallel(args)
     check_tensor_parallel(args)
@@ -104,5 +105,6 @@ def parse_args(argv):
     sequences = args.micro_batch_size * args.gradient_accumulation_steps * args.dp_size
     args.tokens_per_step = sequences * args.seq_len
     args.total_steps = -(-args.max_tokens // args.tokens_per_step)  # rounded up
-    check_checkpoints(args)
+    if args.resume is not None:
+        compare(args, args.resumed)
     return args

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 import process_group as pg
-from checkpoint import find, read_about
 from corpus import load_tokenizer
 from errors import (
     ArgumentParser,
@@ -25,6 +24,7 @@ from huggingface import check_directory, is_local, load_hf, stored_slices
 from model import Llama, causal_attention, materialize
 from presets import from_transformers, hub_is_unreachable
 from resharding import read_weights
+from run_directory import find, read_about
 from tensor_parallel import apply_tensor_parallel, check_tensor_parallel
 
 
@@ -54,6 +54,7 @@ def parse_args(argv):
         args.checkpoint = find("--checkpoint", args.checkpoint)
         about = read_about("--checkpoint", args.checkpoint)
         args.config, tokenizer = SimpleNamespace(**about["model"]), about["tokenizer"]
+        args.files = about["files"]
     else:
         check_directory(args.load_hf)
         tokenizer = args.load_hf
@@ -148,7 +149,7 @@ def load(args, device, group):
     if args.load_hf is not None:
         load_hf(model, args.load_hf)
     else:
-        read_weights(model, args.checkpoint)
+        read_weights(model, args.checkpoint, args.files)
     return model
 
 

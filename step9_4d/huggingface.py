@@ -18,12 +18,12 @@ import torch
 from safetensors import safe_open
 
 import process_group as pg
-from checkpoint import find, read_about
 from corpus import load_tokenizer, tokenizer_of
 from errors import ArgumentParser, UserError, in_one_line, note, run
 from model import Llama, materialize
 from presets import hub_is_unreachable, load_config
 from resharding import read_weights, tensors_of, write_tensors
+from run_directory import find, read_about
 
 
 def load_checked_config(args):
@@ -124,10 +124,11 @@ def save_hf(state, directory):
     absent. Raises UserError if it can't be written.
     """
     parts = hidden(directory) / "parts"
-    write_tensors(tensors_of(state.parameters, state.model.parameter_names), parts)
-    args, dtype = state.args, state.parameters[0].dtype
+    args, dtype, world = state.args, state.parameters[0].dtype, state.mesh.world
+    pg.from_first(world, lambda: parts.mkdir(parents=True, exist_ok=True))
+    files = write_tensors(tensors_of(state.parameters), parts, world)
     pg.from_first(
-        state.mesh.world, lambda: export(parts, directory, args.config, dtype, tokenizer_of(args))
+        world, lambda: export(parts, files, directory, args.config, dtype, tokenizer_of(args))
     )
 
 
@@ -137,7 +138,7 @@ def hidden(directory):
     return path.with_name(f".{path.name}")
 
 
-def export(checkpoint, directory, config, dtype, tokenizer_name):
+def export(checkpoint, files, directory, config, dtype, tokenizer_name):
     """In one process: from the tensors of a checkpoint to a Hugging Face directory.
 
     Raises UserError for a tokenizer that can't be had, files that can't be read, or a directory in
@@ -148,7 +149,7 @@ def export(checkpoint, directory, config, dtype, tokenizer_name):
     with torch.device("meta"):
         model = Llama(config, dtype)
     materialize(model, None, torch.device("cpu"))
-    read_weights(model, checkpoint, no_dist=True)
+    read_weights(model, checkpoint, files)
 
     transformers.logging.disable_progress_bar()
     tokenizer = load_tokenizer(tokenizer_name)
@@ -187,7 +188,8 @@ def main(args):
     if not is_local(about["tokenizer"]):
         hub_is_unreachable()  # before a library that would go on asking is imported
     config = SimpleNamespace(**about["model"])
-    export(path, args.save_hf, config, getattr(torch, about["dtype"]), about["tokenizer"])
+    dtype = getattr(torch, about["dtype"])
+    export(path, about["files"], args.save_hf, config, dtype, about["tokenizer"])
     print(f"{path} -> {args.save_hf}")
 
 

@@ -263,6 +263,26 @@ def from_first(group, make):
     return result[0]
 
 
+def from_all(group, make):
+    """Call `make` on every rank; every rank returns the list of what they returned (objects).
+
+    A UserError or OSError of one rank is raised on every rank, so that none is left waiting.
+    """
+    own = [None, None]
+    try:
+        own[0] = make()
+    except (UserError, OSError) as error:
+        own[1] = error
+    found = [own]
+    if group.size > 1:
+        found = [None] * group.size
+        dist.all_gather_object(found, own, group=group.handle)
+    for _, error in found:
+        if error is not None:
+            raise error
+    return [result for result, _ in found]
+
+
 def max_over_ranks(numbers, world, device):
     """The largest of each of some numbers over all ranks, float64 [count] on the device."""
     numbers = torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)

@@ -1,32 +1,26 @@
 """Tensors of which each rank holds parts, written to a directory and read by any other layout.
 
 Each rank says what it holds as rectangles of the full tensors, and reads what it will hold from
-whatever rectangles are there. `torch.distributed.checkpoint` finds where they overlap, and writes
-and reads files; here stand its plans, in these terms.
+whatever rectangles are there. A rectangle is a tensor of a safetensors file, and its key tells its
+place in the full tensor, as in "model.norm.weight[0:64]". For each there is a checksum, computed
+when it is written and compared by whoever reads it.
 """
 
-import contextlib
+import errno
 import itertools
-import warnings
-from dataclasses import dataclass, field
+import math
+import os
+import re
+import zlib
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
+import process_group as pg
 from errors import UserError, in_one_line
+
+FILE_BYTES = 2**30  # of tensors in a file; so much of a GPU's memory is on the host at once
 
 
 def rectangles(parameter):
@@ -51,77 +45,29 @@ def rectangles(parameter):
             yield torch.Size(offsets), torch.Size(sizes[-len(first) :]), part
 
 
-@dataclass
-class Tensor:
-    """A full tensor's shape, and views of this rank's memory by their offsets in it."""
-
-    shape: torch.Size
-    parts: dict = field(default_factory=dict)
-
-
 class Tensors(dict):
-    """{key: Tensor}, with a key for each tensor of the whole model, held here or not."""
+    """{key: {place: view}}: what this rank holds of each tensor, as views of its own memory.
+
+    A place is a rectangle of the full tensor: (start, stop) of each dim.
+    """
 
     def put(self, key, parameter, tensor):
         """Enter a tensor of this rank, laid out like a parameter."""
-        whole = self.setdefault(key, Tensor(parameter.full_shape))
+        flat, parts = tensor.detach().view(-1), self.setdefault(key, {})
         for offsets, sizes, part in rectangles(parameter):
-            whole.parts[offsets] = tensor.detach().view(-1)[part].view(sizes)
+            place = tuple((start, start + size) for start, size in zip(offsets, sizes, strict=True))
+            parts[place] = flat[part].view(sizes)
 
 
-class SavePlanner(dcp.DefaultSavePlanner):
-    """Writes the parts of `Tensors`; what several ranks hold, the least busy of them writes."""
-
-    def create_local_plan(self):
-        """What this rank has: an item for each part."""
-        items = []
-        for key, tensor in self.state_dict.items():
-            for offsets, view in tensor.parts.items():
-                chunk = ChunkStorageMetadata(offsets, view.shape)
-                properties = TensorProperties.create_from_tensor(view)
-                data = TensorWriteData(chunk, properties, tensor.shape)
-                index = MetadataIndex(key, offsets)
-                items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
-        return SavePlan(items)
-
-    def resolve_data(self, item):
-        """The tensor that one of those items writes."""
-        return self.state_dict[item.index.fqn].parts[item.index.offset]
-
-
-class LoadPlanner(dcp.DefaultLoadPlanner):
-    """Fills the parts of `Tensors` from whatever parts a checkpoint has."""
-
-    def set_up_planner(self, state_dict, metadata=None, is_coordinator=False):
-        """The library's first call, with what the checkpoint says of itself."""
-        self.state_dict, self.metadata = state_dict, metadata
-
-    def create_local_plan(self):
-        """What this rank wants: an item for each overlap of a part of its own with a stored one."""
-        items = []
-        for key, tensor in self.state_dict.items():
-            mine = [ChunkStorageMetadata(at, view.shape) for at, view in tensor.parts.items()]
-            stored = self.metadata.state_dict_metadata[key]
-            items += create_read_items_for_chunk_list(key, stored, mine)
-        return LoadPlan(items)
-
-    def lookup_tensor(self, index):
-        """Where to put what one such item reads."""
-        return self.state_dict[index.fqn].parts[index.offset]
-
-
-def tensors_of(parameters, names, optimizer=None):
+def tensors_of(parameters, optimizer=None):
     """Weights, and with an optimizer its two averages of each, as `Tensors`."""
-    averages = [] if optimizer is None else ["exp_avg", "exp_avg_sq"]
     tensors = Tensors()
     for parameter in parameters:
         name = parameter.global_name
         tensors.put(name, parameter, parameter)
-        for average in averages:
-            tensors.put(f"{name}.{average}", parameter, moments(optimizer, parameter)[average])
-    for name in names:  # those of other pipeline stages, too
-        for key in (name, *(f"{name}.{average}" for average in averages)):
-            tensors.setdefault(key, Tensor(torch.Size()))
+        if optimizer is not None:
+            for average in ("exp_avg", "exp_avg_sq"):
+                tensors.put(f"{name}.{average}", parameter, moments(optimizer, parameter)[average])
     return tensors
 
 
@@ -135,32 +81,146 @@ def moments(optimizer, parameter):
     return entry
 
 
-@contextlib.contextmanager
-def in_our_words(directory):
-    """Make one line of what the library raises when one of the ranks could not read or write."""
+def stored_key(key, place):
+    """The key of a rectangle in a file: "name[0:64,128:256]"."""
+    return f"{key}[{','.join(f'{start}:{stop}' for start, stop in place)}]"
+
+
+def place_of(stored):
+    """What `stored_key` was made from: (key, place)."""
+    key, _, place = stored[:-1].rpartition("[")
+    return key, tuple(tuple(map(int, part.split(":"))) for part in place.split(","))
+
+
+def checksum(tensor):
+    """CRC-32 of a CPU tensor's bytes. It finds every change of up to 32 bits in a row."""
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def write_tensors(tensors, directory, world):
+    """All ranks together write their parts of all tensors to a directory.
+
+    What several ranks hold, the least busy of them writes. Returns what `read_tensors` has to know
+    of the files, {name: dict}, on every rank; an OSError of one rank is raised on all.
+    """
+    parts = {stored_key(key, at): view for key in tensors for at, view in tensors[key].items()}
+    held = pg.from_all(world, lambda: {key: view.nbytes for key, view in parts.items()})
+    load, mine = [0] * world.size, []
+    for key, size in sorted(merged(held).items(), key=lambda item: (-item[1], item[0])):
+        holders = [rank for rank in range(world.size) if key in held[rank]]
+        writer = min(holders, key=load.__getitem__)
+        load[writer] += size
+        if writer == world.rank:
+            mine.append(key)
+
+    def write_own():
+        files = {}
+        for number, keys in enumerate(batches(mine, parts)):
+            name = f"{world.rank:05d}_{number:04d}.safetensors"
+            files[name] = write_file(directory / name, {key: parts[key] for key in keys})
+        return files
+
+    return merged(pg.from_all(world, write_own))
+
+
+def merged(dicts):
+    """All entries of several dicts in one."""
+    return dict(itertools.chain.from_iterable(found.items() for found in dicts))
+
+
+def batches(keys, parts):
+    """Cut a list of keys where FILE_BYTES are full."""
+    batch, size = [], 0
+    for key in keys:
+        if batch and size + parts[key].nbytes > FILE_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(key)
+        size += parts[key].nbytes
+    if batch:
+        yield batch
+
+
+def write_file(path, parts):
+    """Write tensors by key; returns the file's size and the checksums of header and tensors."""
+    parts = {key: view.cpu() for key, view in parts.items()}
     try:
-        yield
-    except dcp.CheckpointException as failed:
-        error, _ = next(iter(failed.failures.values()))
-        raise UserError(f"{directory}: {in_one_line(error)}") from failed
+        save_file(parts, path)
+    except SafetensorError as error:  # how that library says that a disk is full
+        found = re.search(r"os error (\d+)", str(error))
+        code = int(found[1]) if found else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from None
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        header = zlib.crc32(header_of(file))
+    sums = {key: checksum(view) for key, view in parts.items()}
+    return {"bytes": path.stat().st_size, "header": header, "parts": sums}
 
 
-def write_tensors(tensors, directory):
-    """All ranks together write their parts of all tensors to a directory; raises UserError."""
-    plan = SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with in_our_words(directory):
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(directory), planner=plan)
+def header_of(file):
+    """The bytes of a safetensors file before its tensors: a length, and JSON that long."""
+    length = file.read(8)
+    return length + file.read(int.from_bytes(length, "little"))
 
 
-def read_tensors(tensors, directory, no_dist=False):
-    """Fill this rank's parts, with no_dist without the other ranks; raises UserError."""
-    reader = dcp.FileSystemReader(directory)
-    with in_our_words(directory), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # it warns of no_dist
-        dcp.load(tensors, storage_reader=reader, planner=LoadPlanner(), no_dist=no_dist)
+def read_tensors(tensors, directory, files):
+    """Fill this rank's parts of tensors from the files that `write_tensors` told of.
+
+    Raises UserError for a part that is missing or that is not as it was written.
+    """
+    wanted = sum(view.numel() for parts in tensors.values() for view in parts.values())
+    for name, about in files.items():
+        overlaps = {key: list(overlapping(tensors, key)) for key in about["parts"]}
+        if any(overlaps.values()):
+            wanted -= read_file(directory / name, about, overlaps)
+    if wanted:
+        raise UserError(f"{directory}: {wanted} numbers of this model are not there")
 
 
-def read_weights(model, directory, no_dist=False):
-    """Fill a model's parameters only, with no_dist in this process alone; raises UserError."""
-    tensors = tensors_of(model.parameters(), model.parameter_names)
-    read_tensors(tensors, directory, no_dist)
+def read_file(path, about, overlaps):
+    """Copy out of a file what overlaps; returns how many numbers that is. Raises UserError."""
+    count = 0
+    try:
+        with open(path, "rb") as file:
+            if zlib.crc32(header_of(file)) != about["header"]:
+                raise UserError(f"{path}: its header is not as it was written")
+        with safe_open(path, "pt") as file:
+            for key in (key for key, found in overlaps.items() if found):
+                stored = file.get_tensor(key)
+                if checksum(stored) != about["parts"][key]:
+                    raise UserError(f"{path}: {key} is not as it was written")
+                for there, view in overlaps[key]:
+                    view.copy_(stored[there])
+                    count += view.numel()
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: {in_one_line(error)}") from None
+    return count
+
+
+def overlapping(tensors, stored):
+    """Yield where a stored rectangle overlaps with this rank's parts: (its slices, our view)."""
+    key, place = place_of(stored)
+    for at, view in tensors.get(key, {}).items():
+        both = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(place, at, strict=True)]
+        if all(start < stop for start, stop in both):
+            yield within(place, both), view[within(at, both)]
+
+
+def within(place, inner):
+    """Slices of a rectangle's own tensor that cut out another one inside of it."""
+    return tuple(slice(a - o, b - o) for (o, _), (a, b) in zip(place, inner, strict=True))
+
+
+def read_weights(model, directory, files):
+    """Fill a model's parameters only; raises UserError."""
+    read_tensors(tensors_of(model.parameters()), directory, files)
+
+
+def all_finite(tensors):
+    """Whether no number of this rank's parts is infinite or NaN."""
+    for view in itertools.chain.from_iterable(parts.values() for parts in tensors.values()):
+        # One reading of the memory: a sum that is finite has no such term. The other way round
+        # it may be too large by itself, so that is looked at.
+        if not math.isfinite(view.sum()) and not torch.isfinite(view).all():
+            return False
+    return True

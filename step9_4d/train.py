@@ -10,7 +10,7 @@ import torch
 
 import process_group as pg
 from casts import shared_casts
-from checkpoint import listen, load, save_if_due
+from checkpoint import identity, last_good, listen, load, save_if_due
 from config_file import write_config
 from context_parallel import apply_context_parallel, context_parallel_traffic, zigzag_positions
 from corpus import load_tokens
@@ -21,6 +21,7 @@ from flags import DTYPES, parse_args
 from huggingface import check_tokenizer, load_hf, save_hf
 from interleaved import build_stage
 from ledger import communication_ledger, report_traffic
+from lock import alone
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
@@ -48,8 +49,9 @@ class State:
     optimizer: torch.optim.Optimizer
     data: Batches
     step: int = 0
-    asked_to_stop: bool = False  # this rank, by a signal
-    stop: bool = False  # after this step, as all ranks know
+    asked_to_stop: int = 0  # this rank, by the signal of that number
+    stop: int = 0  # after this step, as all ranks know
+    not_saved: UserError = None  # why the last step's checkpoint is not there
 
 
 def setup(args):
@@ -58,6 +60,7 @@ def setup(args):
     mesh = pg.Mesh(args.tp_size, args.cp_size, args.dp_size, args.pp_size)
     tokens = load_tokens(args, mesh.world, device)  # before the model: it may find a wrong name
     check_tokenizer(args, mesh.world)
+    args.data = identity(tokens)
     args.resume = pg.from_first(mesh.world, lambda: args.resume)  # one checkpoint for all
 
     with torch.device("meta"):  # no memory yet: a rank will hold only its own part
@@ -133,11 +136,11 @@ def train_step(state):
     maxima = pg.max_over_ranks(own, state.mesh.world, state.device)
     # The only place where the host waits for the device.
     loss, grad_norm, memory, asked = torch.stack([loss, grad_norm, *maxima]).tolist()
-    state.stop = asked > 0 and state.step < args.total_steps
+    state.stop = int(asked) if state.step < args.total_steps else 0
     if not math.isfinite(loss + grad_norm):
         raise UserError(
             f"loss {loss}, gradient norm {grad_norm} at step {state.step}: lower --learning_rate "
-            f"{args.learning_rate} or raise --warmup_steps {args.warmup_steps}"
+            f"{args.learning_rate} or raise --warmup_steps {args.warmup_steps}{last_good(args)}"
         )
     return {
         "step": state.step,
@@ -160,6 +163,7 @@ def predicted_traffic(state):
     return report + tensor_parallel_traffic(state.args, state.model)
 
 
+@alone
 def main(args):
     state = setup(args)
     listen(state)
@@ -190,6 +194,8 @@ def main(args):
     if world.is_first:
         metrics.close()
     pg.finish()
+    if state.not_saved:
+        raise state.not_saved
 
 
 if __name__ == "__main__":

@@ -1,0 +1,214 @@
+"""A directory of checkpoints: their names, what each says of itself, and which may be deleted.
+
+    DIR/step_00000020/   a checkpoint: tensors, the tokenizer, and checkpoint.json, which says of
+                         what, and has checksums of all other files and of itself
+    DIR/.run_id          tells this directory's checkpoints from copies of others
+
+A checkpoint is complete or absent: written under a hidden name, then renamed. Deleted is only what
+has a name of ours exactly, and was written here.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from pathlib import Path
+
+from corpus import load_tokenizer
+from errors import UserError, in_one_line, note
+
+NAME, HIDDEN = re.compile(r"step_\d{8}"), re.compile(r"\.step_\d{8}-[0-9a-f]{8}")
+KEYS = {"step", "run", "flags", "model", "tokenizer", "dtype", "data", "files", "others"}
+
+
+def name_of(step):
+    return f"step_{step:08d}"
+
+
+def checkpoints(directory):
+    """What has a checkpoint's name in a directory, oldest first; links are followed."""
+    found = [path for path in Path(directory).glob("step_*") if NAME.fullmatch(path.name)]
+    return sorted(path for path in found if path.is_dir())
+
+
+def find(flag, directory):
+    """The checkpoint that a flag's directory is, or the latest in it; raises UserError."""
+    path = Path(directory)
+    found = [path] if (path / "checkpoint.json").exists() else checkpoints(path)
+    if not found:
+        raise UserError(f"{flag} {directory}: no checkpoint there, nor in it; name one")
+    return found[-1]
+
+
+# --- what a checkpoint says of itself -------------------------------------------------------------
+
+
+def sealed(about):
+    """The text of checkpoint.json: a dict, behind a checksum of how it is written."""
+    text = json.dumps(about, indent=1)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f'{{"sha256": "{digest}",\n"about": {text}}}\n'
+
+
+def write_about(directory, about):
+    """Write checkpoint.json, the last file of a checkpoint."""
+    with open(directory / "checkpoint.json", "w") as file:
+        file.write(sealed(about))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_about(flag, path):
+    """The checkpoint.json of a checkpoint, once its files are found to be there and whole.
+
+    The tensors' checksums are compared when they are read. Raises UserError.
+    """
+
+    def damaged(why):
+        return UserError(f"{flag} {path}: {why}: the checkpoint is damaged, name another one")
+
+    try:
+        text = (path / "checkpoint.json").read_text()
+        about = json.loads(text)
+        if isinstance(about, dict) and "step" in about:
+            raise UserError(
+                f"{flag} {path}: a checkpoint of an older format, which this program can't read: "
+                "go on with the program that wrote it, or name another one"
+            )
+        if text != sealed(about["about"]) or not KEYS <= (about := about["about"]).keys():
+            raise damaged("checkpoint.json is not as it was written")
+        for name, file in about["files"].items():
+            if (size := (path / name).stat().st_size) != file["bytes"]:
+                raise damaged(f"{name} has {size} of {file['bytes']} bytes")
+        for name, digest in about["others"].items():
+            if hashlib.sha256((path / name).read_bytes()).hexdigest() != digest:
+                raise damaged(f"{name} is not as it was written")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(in_one_line(error)) from None
+    if NAME.fullmatch(path.name) and path.name != name_of(about["step"]):
+        raise damaged(f"its name is not that of step {about['step']}")
+    return about
+
+
+def newest_sound(flag, found):
+    """The newest checkpoint of a list that says whole things of itself, and what it says.
+
+    (None, None) for an empty list. Those before it are named. Raises UserError if none is sound.
+    """
+    for path in reversed(found):
+        try:
+            return path, read_about(flag, path)
+        except UserError as error:
+            problem = error
+            note(f"{error}" if path == found[0] else f"{error}; an older one is tried")
+    if found:
+        raise UserError(f"{problem}; none here is sound: name another --checkpoint_dir")
+    return None, None
+
+
+# --- writing and deleting -------------------------------------------------------------------------
+
+
+def run_id(directory):
+    """What is written into this directory's checkpoints; made when first asked for."""
+    path = Path(directory) / ".run_id"
+    if not path.exists():
+        path.write_text(secrets.token_hex(8) + "\n")
+    return path.read_text().strip()
+
+
+def begin(directory, step):
+    """A new directory with a hidden name to write a checkpoint into."""
+    clean(directory)
+    aside = Path(directory) / f".{name_of(step)}-{secrets.token_hex(4)}"
+    aside.mkdir()
+    return aside
+
+
+def complete(aside, directory, step):
+    """Give a whole checkpoint its name. What has that name already, a damaged one, gets another."""
+    path = Path(directory) / name_of(step)
+    if os.path.lexists(path):
+        number = 1
+        while os.path.lexists(other := path.with_name(f"{path.name}.damaged{number}")):
+            number += 1
+        path.rename(other)
+        note(f"{path} is {other.name} now: step {step} is saved anew")
+    aside.rename(path)
+    for changed in (path, path.parent):  # that a name is there survives a loss of power
+        handle = os.open(changed, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def own(directory):
+    """The checkpoints that were written into this directory, oldest first."""
+    found = []
+    for path in checkpoints(directory):
+        try:
+            if read_about("", path)["run"] == run_id(directory):
+                found.append(path)
+        except UserError:  # damaged: not ours to delete
+            pass
+    return found
+
+
+def keep(directory, count, kept=()):
+    """Delete all but the last `count` of our own checkpoints, and those in `kept`."""
+    for path in own(directory)[:-count]:
+        if path not in kept:
+            delete(path)
+
+
+def delete(path):
+    """Delete a checkpoint, or the link to one. Where that can't be done, say so and go on."""
+    try:
+        if path.is_symlink():
+            path.unlink()
+        else:
+            hidden = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+            path.rename(hidden)
+            shutil.rmtree(hidden)
+    except OSError as error:
+        say_once(f"{path} can't be deleted ({error.strerror}) and stays")
+
+
+say_once = functools.cache(note)
+
+
+def clean(directory):
+    """Delete what is not complete, or no longer."""
+    for left in Path(directory).glob(".step_*"):
+        if HIDDEN.fullmatch(left.name):
+            try:
+                shutil.rmtree(left)
+            except OSError as error:
+                say_once(f"{left} can't be deleted ({error.strerror}) and stays")
+    (Path(directory) / "RESUME").unlink(missing_ok=True)
+
+
+# --- the tokenizer --------------------------------------------------------------------------------
+
+
+@functools.cache
+def tokenizer_files(name):
+    """The files of a tokenizer, {name: bytes}; none for `bytes`, which is made of code."""
+    if name == "bytes":
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        load_tokenizer(name).save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def write_tokenizer(name, directory):
+    """Put a copy of the tokenizer into a checkpoint; {file: sha256}."""
+    digests = {}
+    for file, content in tokenizer_files(name).items():
+        (directory / "tokenizer").mkdir(exist_ok=True)
+        (directory / "tokenizer" / file).write_bytes(content)
+        digests[f"tokenizer/{file}"] = hashlib.sha256(content).hexdigest()
+    return digests
