@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ReduceOp
 
-from errors import UserError
 from ledger import record
+from started import check_port
 
 AXES = ("pp", "dp", "cp", "tp")  # slowest first
 # torch 2.13 calls the second of each by the first, and warns.
@@ -41,30 +41,12 @@ def init_processes(device_type):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         options.update(backend="nccl", device_id=device)
-    if "RANK" not in os.environ:
+    if "RANK" in os.environ:
+        check_port()
+    else:
         options.update(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group(**options)
     return device
-
-
-def world_size():
-    """The number of processes, known before they have joined."""
-    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
-
-
-def check_world(device_type, tp=1, cp=1, dp=1, pp=1):
-    """Raise UserError unless the processes started are as many as the layout and the GPUs take."""
-    if tp * cp * dp * pp != world_size():
-        raise UserError(
-            f"tp_size {tp} x cp_size {cp} x dp_size {dp} x pp_size {pp} = {tp * cp * dp * pp} "
-            f"ranks, but {world_size()} started: change a size or torchrun's --nproc_per_node"
-        )
-    here, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if device_type == "cuda" and here > devices:
-        raise UserError(
-            f"--device cuda: {here} processes for {devices} CUDA devices on this machine; lower "
-            "torchrun's --nproc_per_node or use --device cpu"
-        )
 
 
 def finish():

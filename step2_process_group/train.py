@@ -16,6 +16,7 @@ from ledger import communication_ledger, report_traffic
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
+from started import world_size
 
 
 @dataclass
@@ -35,7 +36,7 @@ class State:
 def setup(args):
     """Build everything a run needs; the state before its first step."""
     device = pg.init_processes(args.device)
-    mesh = pg.Mesh(dp=pg.world_size())
+    mesh = pg.Mesh(dp=world_size())
 
     with torch.device("meta"):  # no memory yet: a rank will hold only its own part
         model = Llama(args.config, DTYPES[args.dtype], args.activation_checkpointing)

@@ -1,20 +1,24 @@
 """The command line: what each flag is, and what can be checked before any work."""
 
+import os
+import shutil
+import sys
+
 import torch
 
-import process_group as pg
 from context_parallel import check_context_parallel
 from corpus import local_files
 from errors import (
     ArgumentParser,
     UserError,
-    check_writable,
     non_negative_float,
     non_negative_int,
     positive_float,
     positive_int,
 )
+from metrics import check_metrics_file
 from presets import load_config
+from started import check_world
 from tensor_parallel import check_tensor_parallel
 from zero import ENGINES
 
@@ -68,6 +72,7 @@ def parse_args(argv):
     parser.add_argument("--comm_ledger", action="store_true", help="count one step's traffic")
     parser.add_argument("--metrics_file", help="one line of JSON a step goes here")
     args = parser.parse_args(argv)
+    args.flags = dict(vars(args))  # as they were given
 
     if args.recompute_elementwise and not args.compile:
         raise UserError("--recompute_elementwise: it is the compiler that does it; add --compile")
@@ -75,8 +80,9 @@ def parse_args(argv):
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
-    pg.check_world(args.device, tp=args.tp_size, cp=args.cp_size, dp=args.dp_size)
-    check_writable("--metrics_file", args.metrics_file)
+    check_world(args.device, tp=args.tp_size, cp=args.cp_size, dp=args.dp_size)
+    check_compiler(args)
+    check_metrics_file(args)
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     args.config = load_config(args)
     check_context_parallel(args)
@@ -86,3 +92,16 @@ def parse_args(argv):
     args.tokens_per_step = sequences * args.seq_len
     args.total_steps = -(-args.max_tokens // args.tokens_per_step)  # rounded up
     return args
+
+
+def check_compiler(args):
+    """Raise UserError unless `--compile` finds a compiler for what it writes: C++, on CUDA C."""
+    variable, names = "CXX", ["clang++" if sys.platform == "darwin" else "g++"]
+    if args.device == "cuda":
+        variable, names = "CC", ["gcc", "clang", "cc"]
+    names = [os.environ[variable]] if variable in os.environ else names
+    if args.compile == "inductor" and not any(map(shutil.which, names)):
+        raise UserError(
+            f"--compile: no compiler {' or '.join(names)} is there; install one, name another by "
+            f"the variable {variable}, or leave --compile out"
+        )

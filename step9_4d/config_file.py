@@ -39,16 +39,9 @@ def flags_in(file, parser):
 
 
 def write_config(args):
-    """Write the flags to `config.json` among the checkpoints, and beside the metrics file.
-
-    Raises UserError if one of them can't be written.
-    """
-    places = []
+    """Write the flags to `config.json` among the checkpoints; raises UserError if that can't be."""
     if args.checkpoint_dir is not None:
-        places.append(Path(args.checkpoint_dir) / "config.json")
-    if args.metrics_file is not None:
-        places.append(Path(args.metrics_file).with_suffix(".config.json"))
-    for place in places:
+        place = Path(args.checkpoint_dir) / "config.json"
         try:
             place.write_text(json.dumps(args.flags, indent=1) + "\n")
         except OSError as error:

@@ -1,8 +1,11 @@
 """The command line: what each flag is, and what can be checked before any work."""
 
+import os
+import shutil
+import sys
+
 import torch
 
-import process_group as pg
 from checkpoint import choose_checkpoint, compare
 from config_file import parse_with_file
 from context_parallel import check_context_parallel
@@ -10,7 +13,6 @@ from corpus import local_files
 from errors import (
     ArgumentParser,
     UserError,
-    check_writable,
     non_negative_float,
     non_negative_int,
     positive_float,
@@ -18,7 +20,9 @@ from errors import (
 )
 from huggingface import load_checked_config
 from interleaved import PIPELINE_ENGINES, check_interleaved
+from metrics import check_metrics_file
 from pipeline_parallel import check_pipeline_parallel
+from started import check_world
 from tensor_parallel import check_tensor_parallel
 from zero import ENGINES
 
@@ -92,10 +96,11 @@ def parse_args(argv):
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
-    pg.check_world(args.device, args.tp_size, args.cp_size, args.dp_size, args.pp_size)
-    check_writable("--metrics_file", args.metrics_file)
+    check_world(args.device, args.tp_size, args.cp_size, args.dp_size, args.pp_size)
+    check_compiler(args)
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     choose_checkpoint(args)
+    check_metrics_file(args)
     args.config = load_checked_config(args)
     check_context_parallel(args)
     check_tensor_parallel(args)
@@ -108,3 +113,16 @@ def parse_args(argv):
     if args.resume is not None:
         compare(args, args.resumed)
     return args
+
+
+def check_compiler(args):
+    """Raise UserError unless `--compile` finds a compiler for what it writes: C++, on CUDA C."""
+    variable, names = "CXX", ["clang++" if sys.platform == "darwin" else "g++"]
+    if args.device == "cuda":
+        variable, names = "CC", ["gcc", "clang", "cc"]
+    names = [os.environ[variable]] if variable in os.environ else names
+    if args.compile == "inductor" and not any(map(shutil.which, names)):
+        raise UserError(
+            f"--compile: no compiler {' or '.join(names)} is there; install one, name another by "
+            f"the variable {variable}, or leave --compile out"
+        )

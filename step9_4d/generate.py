@@ -25,6 +25,7 @@ from model import Llama, causal_attention, materialize
 from presets import from_transformers, hub_is_unreachable
 from resharding import read_weights
 from run_directory import find, read_about
+from started import check_world
 from tensor_parallel import apply_tensor_parallel, check_tensor_parallel
 
 
@@ -45,7 +46,7 @@ def parse_args(argv):
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--tp_size", type=positive_int, default=1, help="ranks that share a layer")
     args = parser.parse_args(argv)
-    pg.check_world(args.device, args.tp_size)
+    check_world(args.device, args.tp_size)
     try:
         args.prompt.encode()
     except UnicodeEncodeError:

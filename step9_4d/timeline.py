@@ -3,9 +3,12 @@
 import contextlib
 import json
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from errors import UserError
 
 
 class Timeline:
@@ -60,5 +63,8 @@ class Timeline:
                  "dur": (end - start) * 1e6}
                 for rank, spans in enumerate(ranks) for name, start, end in spans
             ]  # fmt: skip
-            with open(self.path, "w") as file:
-                json.dump({"traceEvents": events}, file)
+            try:
+                Path(self.path).write_text(json.dumps({"traceEvents": events}))
+            except OSError as error:
+                Path(self.path).unlink(missing_ok=True)
+                raise UserError(f"--timeline {self.path}: {error.strerror}; it is lost") from None

@@ -1,4 +1,4 @@
-"""How long a checkpoint takes to save and to load, beside nothing but writing and reading its bytes.
+"""How long a checkpoint takes to save and to load.
 
 python tests/checkpoint_costs.py                        # 1 GB, one process
 python tests/checkpoint_costs.py --flags "--tp_size 2"  # two processes, which share the work
@@ -36,7 +36,8 @@ def seconds_of(argv, rounds):
             pg.dist.barrier()
             begun = time.perf_counter()
             act(state)
-            times.append(pg.max_over_ranks([time.perf_counter() - begun], world, state.device).item())
+            seconds = [time.perf_counter() - begun]
+            times.append(pg.max_over_ranks(seconds, world, state.device).item())
         found.append(times)
     return found, sum(file.stat().st_size for file in state.args.resume.iterdir())
 
@@ -49,9 +50,10 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     argv = SHAPE + options.flags
-    with tempfile.TemporaryDirectory(dir=".") as folder, World(options.step_dir, ranks_of(argv)) as w:
+    ranks = ranks_of(argv)
+    with tempfile.TemporaryDirectory(dir=".") as folder, World(options.step_dir, ranks) as world:
         argv += f" --checkpoint_dir {folder}/run --keep_last 1"
-        (found, size), *_ = w.run(seconds_of, argv, options.rounds, timeout=1000)
+        (found, size), *_ = world.run(seconds_of, argv, options.rounds, timeout=1000)
     save, load = (statistics.median(times) for times in zip(*found, strict=True))
     print(machine())
     rows = [[f"{size / 1e9:.2f}", f"{save:.2f}", f"{load:.2f}"]]

@@ -49,9 +49,9 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     device = pg.init_processes("cuda" if torch.cuda.is_available() else "cpu")
-    if pg.world_size() == 1:
+    if pg.dist.get_world_size() == 1:
         sys.exit("error: one rank is no ring; start this with torchrun --nproc_per_node 2 or more")
-    mesh = pg.Mesh(cp=pg.world_size())
+    mesh = pg.Mesh(cp=pg.dist.get_world_size())
     group, cuda = mesh.group("cp"), device.type == "cuda"
     tokens = options.seq_len // group.size
     torch.manual_seed(group.rank)

@@ -526,7 +526,7 @@ def error_on_the_first_rank():
         raise UserError("only here")
 
     try:
-        pg.from_first(pg.Mesh(tp=pg.world_size()).world, fail)
+        pg.from_first(pg.Mesh(tp=pg.dist.get_world_size()).world, fail)
     except UserError as error:
         return str(error)
 
@@ -577,7 +577,7 @@ def tokens_of(argv):
 
     args = train.parse_args(argv.split())
     device = pg.init_processes("cpu")
-    tokens = corpus.load_tokens(args, pg.Mesh(dp=pg.world_size()).world, device)
+    tokens = corpus.load_tokens(args, pg.Mesh(dp=pg.dist.get_world_size()).world, device)
     heavy = {"datasets", "transformers"} & set(sys.modules)
     return np.array(tokens), heavy
 

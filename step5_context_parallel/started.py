@@ -1,0 +1,51 @@
+"""What was started: how many processes, where they meet, and whether they can work as asked."""
+
+import os
+import socket
+
+import torch
+
+from errors import UserError
+
+LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what `torchrun` sets
+
+
+def world_size():
+    """The number of processes, known before they have joined.
+
+    Raises UserError where the variables that `torchrun` sets are there only in part.
+    """
+    if "RANK" not in os.environ:
+        return 1
+    if missing := [name for name in LAUNCH if not os.environ.get(name)]:
+        raise UserError(
+            f"RANK is set, but not {', '.join(missing)}: start with torchrun, which sets all of "
+            "them, or unset RANK"
+        )
+    return int(os.environ["WORLD_SIZE"])
+
+
+def check_port():
+    """Raise UserError if the first rank's port is taken; under torchrun the launcher has it."""
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if os.environ["RANK"] == "0" and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+        try:
+            socket.create_server(("", int(port))).close()
+        except (OSError, ValueError) as error:
+            what = f"MASTER_ADDR {address}, MASTER_PORT {port}: {error}"
+            raise UserError(f"{what}; choose another port, or start with torchrun") from None
+
+
+def check_world(device_type, tp=1, cp=1, dp=1, pp=1):
+    """Raise UserError unless the processes started are as many as the layout and the GPUs take."""
+    if tp * cp * dp * pp != world_size():
+        raise UserError(
+            f"tp_size {tp} x cp_size {cp} x dp_size {dp} x pp_size {pp} = {tp * cp * dp * pp} "
+            f"ranks, but {world_size()} started: change a size or torchrun's --nproc_per_node"
+        )
+    here, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if device_type == "cuda" and here > devices:
+        raise UserError(
+            f"--device cuda: {here} processes for {devices} CUDA devices on this machine; lower "
+            "torchrun's --nproc_per_node or use --device cpu"
+        )
