@@ -3,13 +3,15 @@
 python train.py
 """
 
+from errors import UserError, run  # first: Ctrl-C is one line from here on
+
+# isort: split
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from errors import UserError, run
 from flags import DTYPES, parse_args
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize

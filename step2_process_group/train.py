@@ -3,6 +3,9 @@
 torchrun --nproc_per_node 2 train.py
 """
 
+from errors import UserError, run  # first: Ctrl-C is one line from here on
+
+# isort: split
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +13,6 @@ from pathlib import Path
 import torch
 
 import process_group as pg
-from errors import UserError, run
 from flags import DTYPES, parse_args
 from ledger import communication_ledger, report_traffic
 from metrics import Metrics, flops_per_token, peak_memory_gb

@@ -3,6 +3,9 @@
 python train.py
 """
 
+from errors import UserError, run  # first: Ctrl-C is one line from here on
+
+# isort: split
 import math
 from dataclasses import dataclass
 
@@ -11,7 +14,6 @@ import torch
 import process_group as pg
 from corpus import load_tokens
 from dataloader import Batches
-from errors import UserError, run
 from flags import DTYPES, parse_args
 from ledger import communication_ledger, report_traffic
 from metrics import Metrics, flops_per_token, peak_memory_gb

@@ -6,8 +6,9 @@ import re
 import signal
 import sys
 import time
+from pathlib import Path
 
-RANK = int(os.environ.get("RANK", 0))
+RANK = int(os.environ.get("RANK") or 0)
 
 
 class UserError(Exception):
@@ -59,10 +60,13 @@ def interrupted(number, frame):
     os._exit(128 + number)
 
 
-def run(main, parse_args):
-    """Run a program on its command line; whatever ends it early is one line."""
+if Path(sys.argv[0]).absolute().parent == Path(__file__).absolute().parent:  # not in a test
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, interrupted)
+
+
+def run(main, parse_args):
+    """Run a program on its command line; whatever is wrong with the call is one line."""
     try:
         main(parse_args(sys.argv[1:]))
     except UserError as error:

@@ -66,5 +66,6 @@ class Timeline:
             try:
                 Path(self.path).write_text(json.dumps({"traceEvents": events}))
             except OSError as error:
-                Path(self.path).unlink(missing_ok=True)
+                if Path(self.path).is_file():
+                    Path(self.path).unlink()
                 raise UserError(f"--timeline {self.path}: {error.strerror}; it is lost") from None

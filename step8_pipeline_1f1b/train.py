@@ -3,6 +3,9 @@
 torchrun --nproc_per_node 8 train.py --tp_size 2 --dp_size 2 --pp_size 2
 """
 
+from errors import UserError, run  # first: Ctrl-C is one line from here on
+
+# isort: split
 import math
 from dataclasses import dataclass
 
@@ -14,7 +17,6 @@ from context_parallel import apply_context_parallel, context_parallel_traffic, z
 from corpus import load_tokens
 from data_parallel import Naive
 from dataloader import Batches
-from errors import UserError, run
 from flags import DTYPES, parse_args
 from ledger import communication_ledger, report_traffic
 from metrics import Metrics, flops_per_token, peak_memory_gb

@@ -170,7 +170,7 @@ def save(state):
             f"the weights are not finite after step {state.step}, which is not saved: lower "
             f"--learning_rate {args.learning_rate}{last_good(args)}"
         )
-    aside = on_first(state, lambda: run_directory.begin(directory, state.step))
+    aside = directory / on_first(state, lambda: run_directory.begin(directory, state.step))
     try:
         if not all(pg.from_all(state.mesh.world, aside.is_dir)):
             raise UserError(f"--checkpoint_dir {directory}: name one that all hosts share")

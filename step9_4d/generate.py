@@ -4,14 +4,7 @@ python generate.py --checkpoint runs/first --prompt "def "
 torchrun --nproc_per_node 2 generate.py --load_hf exported --tp_size 2
 """
 
-from types import SimpleNamespace
-
-import torch
-import torch.nn.functional as F
-
-import process_group as pg
-from corpus import load_tokenizer
-from errors import (
+from errors import (  # first: Ctrl-C is one line from here on
     ArgumentParser,
     UserError,
     non_negative_float,
@@ -19,6 +12,15 @@ from errors import (
     positive_int,
     run,
 )
+
+# isort: split
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+import process_group as pg
+from corpus import load_tokenizer
 from flags import DTYPES
 from huggingface import check_directory, is_local, load_hf, stored_slices
 from model import Llama, causal_attention, materialize

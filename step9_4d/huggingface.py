@@ -7,6 +7,15 @@ of ours, and `transformers` does the rest. So any checkpoint can be exported lat
 python huggingface.py --checkpoint runs/first --save_hf exported
 """
 
+from errors import (  # first: Ctrl-C is one line from here on
+    ArgumentParser,
+    UserError,
+    in_one_line,
+    note,
+    run,
+)
+
+# isort: split
 import errno
 import json
 import os
@@ -19,7 +28,6 @@ from safetensors import safe_open
 
 import process_group as pg
 from corpus import load_tokenizer, tokenizer_of
-from errors import ArgumentParser, UserError, in_one_line, note, run
 from model import Llama, materialize
 from presets import hub_is_unreachable, load_config
 from resharding import read_weights, tensors_of, write_tensors

@@ -122,11 +122,11 @@ def run_id(directory):
 
 
 def begin(directory, step):
-    """A new directory with a hidden name to write a checkpoint into."""
+    """Make a directory to write a checkpoint into; returns its name, which is hidden."""
     clean(directory)
-    aside = Path(directory) / f".{name_of(step)}-{secrets.token_hex(4)}"
-    aside.mkdir()
-    return aside
+    name = f".{name_of(step)}-{secrets.token_hex(4)}"
+    (Path(directory) / name).mkdir()
+    return name
 
 
 def complete(aside, directory, step):

@@ -3,6 +3,9 @@
 torchrun --nproc_per_node 8 train.py --tp_size 2 --dp_size 2 --pp_size 2 --checkpoint_dir runs/1
 """
 
+from errors import UserError, run  # first: Ctrl-C is one line from here on
+
+# isort: split
 import math
 from dataclasses import dataclass
 
@@ -16,7 +19,6 @@ from context_parallel import apply_context_parallel, context_parallel_traffic, z
 from corpus import load_tokens
 from data_parallel import Naive
 from dataloader import Batches
-from errors import UserError, run
 from flags import DTYPES, parse_args
 from huggingface import check_tokenizer, load_hf, save_hf
 from interleaved import build_stage

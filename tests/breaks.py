@@ -534,10 +534,9 @@ def die_in_a_save(train):
     """The rank, the save (from 1) and the place in it that DEATH names, as in "1 2 writing"."""
     import pathlib
 
-    import torch.distributed.checkpoint as dcp
-
     import checkpoint
     import resharding
+    import run_directory
 
     rank, count, place = os.environ["DEATH"].split()
     if rank != os.environ.get("RANK", "0"):
@@ -550,10 +549,10 @@ def die_in_a_save(train):
 
     owner, name = {
         "beginning": (checkpoint, "save"),
-        "planning": (resharding.SavePlanner, "create_local_plan"),
-        "writing": (dcp.FileSystemWriter, "write_data"),
-        "gathering": (dcp.FileSystemWriter, "finish"),
-        "about": (checkpoint, "write_about"),
+        "planning": (checkpoint, "write_tensors"),
+        "writing": (resharding, "write_file"),
+        "gathering": (resharding, "header_of"),
+        "about": (run_directory, "write_about"),
         "renaming": (pathlib.Path, "rename"),
         "deleting": (shutil, "rmtree"),
     }[place]

@@ -63,24 +63,6 @@ def wrong_rectangles(shape):
     return count, wrong
 
 
-def damage_and_resume(argv, path, name, how):
-    """What a run says that goes on from a checkpoint with one file truncated, emptied of all that
-    it should say, or gone.
-    """
-    from pathlib import Path
-
-    file = Path(path) / name
-    whole = file.read_bytes()
-    try:
-        if how == "deleted":
-            file.unlink()
-        else:
-            file.write_bytes(b'{"files": {}}' if how == "emptied" else whole[: len(whole) // 2])
-        return workers.refusal(argv, 1)
-    finally:
-        file.write_bytes(whole)
-
-
 def asked_to_stop(argv, rank_asked, step_asked):
     """Steps trained when one rank gets a SIGTERM during a step; what else each rank thinks."""
     import checkpoint
@@ -93,7 +75,7 @@ def asked_to_stop(argv, rank_asked, step_asked):
             os.kill(os.getpid(), signal.SIGTERM)
         train.train_step(state)
         checkpoint.save_if_due(state)
-    return state.step, state.asked_to_stop, state.stop
+    return state.step, bool(state.asked_to_stop), bool(state.stop)
 
 
 def saved_apart(argv, directory):

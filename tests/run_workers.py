@@ -1,0 +1,200 @@
+"""Functions that the tests of a run's life, its directory and its lock, run inside a `World`."""
+
+import contextlib
+import os
+import pickle
+import shutil
+import signal
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from harness import pieces
+
+
+@contextlib.contextmanager
+def notes_of(*modules):
+    """The notes that some modules make meanwhile, a list."""
+    found = []
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(patch.object(module, "note", found.append))
+        yield found
+
+
+def life(argv, until=None, hold=False, meanwhile=None):
+    """Train as main does, up to a step or the end, saving as the flags say.
+
+    Returns a dict: said, the UserError's text that ended it, None if none did; notes; steps that
+    were trained; curve, (loss, gradient norm) of each; weights, in pieces. hold: with the lock.
+    meanwhile: a function of this module, called with the state after each step.
+    """
+    import checkpoint
+    import errors
+    import lock
+    import run_directory
+    import train
+
+    result = {"said": None, "steps": [], "curve": [], "weights": None}
+    directory = None
+    run_directory.say_once.cache_clear()
+    with notes_of(checkpoint, run_directory, lock) as notes:
+        with patch.object(run_directory, "say_once", notes.append):
+            try:
+                args = train.parse_args(argv.split())
+                if hold and errors.RANK == 0:
+                    args.lock = directory = lock.Lock(args.checkpoint_dir)
+                    directory.take()
+                state = train.setup(args)
+                while state.step < (until or args.total_steps) and not state.stop:
+                    metrics = train.train_step(state)
+                    result["steps"].append(state.step)
+                    result["curve"].append((metrics["loss"], metrics["grad_norm"]))
+                    if meanwhile is not None:
+                        globals()[meanwhile](state)
+                    checkpoint.save_if_due(state)
+                if state.not_saved:
+                    raise state.not_saved
+                result["weights"] = pieces(state.parameters, lambda p: p)
+            except errors.UserError as error:
+                result["said"] = str(error)
+            finally:
+                if directory is not None:
+                    directory.release()
+    return result | {"notes": notes}
+
+
+def lock_is_taken(state):
+    """Another run has taken the lock, as after a minute in which this one stood still."""
+    if state.step == 3 and state.args.lock is not None:
+        state.args.lock.path.write_text('{"host": "elsewhere", "process": 7}')
+
+
+def signals_itself(state):
+    """Ask for a stop after the second step."""
+    if state.step == 2:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def forbidding(argv):
+    """`life`, while nothing may be unpickled from a file."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a file was unpickled")
+
+    with contextlib.ExitStack() as stack:
+        for owner, name in ((torch, "load"), (pickle, "load"), (pickle, "Unpickler")):
+            stack.enter_context(patch.object(owner, name, refuse))
+        return life(argv)
+
+
+def undeletable(argv, name):
+    """`life`, on a file system that does not let a checkpoint's files go."""
+    rmtree = shutil.rmtree
+
+    def refuse(path, *args, **kwargs):
+        if name in Path(path).name:
+            raise OSError(16, "Device or resource busy", str(path))
+        return rmtree(path, *args, **kwargs)
+
+    with patch.object(shutil, "rmtree", refuse):
+        return life(argv)
+
+
+def lacking(path, *keys):
+    """Take flags out of what a checkpoint says, as if a program before them had written it."""
+    import json
+
+    import run_directory
+
+    about = json.loads((Path(path) / "checkpoint.json").read_text())["about"]
+    for key in keys:
+        del about["flags"][key]
+    run_directory.write_about(Path(path), about)
+
+
+def taken(directory, silent=None, renewed_after=None, hold=0.0):
+    """Take a lock as a run does: (what is said or None, notes, seconds).
+
+    silent: seconds of silence to take for death. renewed_after: seconds after which the holder that
+    is there gives a sign of life. hold: seconds to keep the lock.
+    """
+    import threading
+
+    import errors
+    import lock
+
+    begun = time.monotonic()
+    if renewed_after is not None:
+        threading.Timer(renewed_after, os.utime, [Path(directory) / "LOCK"]).start()
+    said, mine = None, lock.Lock(directory)
+    with notes_of(lock) as notes, patch.object(lock, "SILENT", silent or lock.SILENT):
+        try:
+            mine.take()
+            time.sleep(hold)
+        except errors.UserError as error:
+            said = str(error)
+        seconds = time.monotonic() - begun
+        mine.release()
+    return said, notes, seconds
+
+
+def holder_of_this_process(directory):
+    """Leave a lock behind that names this process; what it says."""
+    return leave_lock(directory, {})
+
+
+def leave_lock(directory, changes):
+    """Leave a lock that names this process, but for some changes; with None it can't be read."""
+    import json
+
+    import lock
+
+    mine = lock.Lock(directory)
+    mine.path.write_text("{" if changes is None else json.dumps({**mine.own, **changes}))
+    return mine.own
+
+
+def renewed(directory):
+    """Whether a lock's time moves while it is held: what is said, and both times."""
+    import lock
+
+    with patch.object(lock, "RENEWED", 0.2):
+        mine = lock.Lock(directory)
+        mine.take()
+        first = lock.read(mine.path)[1]
+        time.sleep(1)
+        second = lock.read(mine.path)[1]
+        mine.check()
+        mine.release()
+    return first, second
+
+
+def ruined(argv):
+    """`life`, with the third update making one weight infinite on the last rank only."""
+    import train
+
+    train_step = train.train_step
+
+    def spoiling(state):
+        metrics = train_step(state)
+        if state.step == 3 and state.mesh.rank == state.mesh.world.size - 1:
+            with torch.no_grad():
+                state.parameters[-1].view(-1)[-1] = torch.inf
+        return metrics
+
+    with patch.object(train, "train_step", spoiling):
+        return life(argv)
+
+
+def part_read(directory, key):
+    """A stored tensor of a checkpoint, as numbers."""
+    from safetensors import safe_open
+
+    for path in sorted(Path(directory).glob("*.safetensors")):
+        with safe_open(path, "np") as file:
+            if key in file.keys():
+                return np.array(file.get_tensor(key))
+    raise KeyError(key)
