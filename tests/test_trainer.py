@@ -4,11 +4,9 @@ import contextlib
 import json
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ import pytest
 import trainer_workers
 import workers
 from launch import launch, ranks_of
+from test_checkpoint import names_in
 
 pytestmark = pytest.mark.steps(9)
 BREAKS = Path(__file__).with_name("breaks.py")
@@ -46,9 +45,10 @@ def uninterrupted(step_dir, worlds):
 def assert_whole(run):
     """Each checkpoint that can be seen has all its files, of the size they were written in."""
     for path in run.glob("step_*"):
-        about = json.loads((path / "checkpoint.json").read_text())
-        sizes = {name: (path / name).stat().st_size for name in about["files"]}
-        assert sizes == about["files"]
+        files = json.loads((path / "checkpoint.json").read_text())["about"]["files"]
+        assert {name: (path / name).stat().st_size for name in files} == {
+            name: about["bytes"] for name, about in files.items()
+        }
 
 
 def kill_and_go_on(step_dir, tmp_path, reference, how, death):
@@ -61,11 +61,8 @@ def kill_and_go_on(step_dir, tmp_path, reference, how, death):
     result = launch(step_dir, argv + "--resume auto")
     assert result.code == 0, result.errors
     assert curve(metrics) == reference
-    assert sorted(path.name for path in run.iterdir()) == [
-        "config.json",
-        "step_00000010",
-        "step_00000012",
-    ]
+    assert names_in(run) == ["config.json", "step_00000010", "step_00000012"]
+    assert not list(run.glob(".step_*"))
 
 
 # A rank of two, a save of six, a place; only the first rank completes a save.
@@ -109,37 +106,6 @@ def job(step_dir, argv, ranks, *flags):
             yield running
         finally:
             running.kill()
-
-
-def wait_for_steps(running, metrics, count):
-    while not (metrics.exists() and metrics.read_text().count("\n") >= count):
-        assert running.poll() is None, running.stdout.read()
-        time.sleep(0.05)
-
-
-@pytest.mark.parametrize("who", [pytest.param("a rank", marks=pytest.mark.slow), "the launcher"])
-def test_a_signal_saves_and_says_so(step_dir, tmp_path, uninterrupted, who):
-    run, metrics = tmp_path / "run", tmp_path / "metrics.jsonl"
-    argv = TRAIN + SHARED + f"--checkpoint_dir {run} --metrics_file {metrics} --num_workers 2 "
-    # Steps so slow that the signal comes before the end.
-    slow = (str(BREAKS), "slow_steps")
-    with job(step_dir, argv, 2, "--standalone", *slow) as running:
-        wait_for_steps(running, metrics, 2)
-        pid = running.pid
-        if who == "a rank":
-            found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
-            pid = int(found.stdout.split()[-1])
-        os.kill(pid, signal.SIGTERM)
-        code = running.wait(timeout=60)
-        said = running.stdout.read().decode()
-    assert (code == 0) == (who == "a rank"), said  # torchrun's own code is its business
-    stopped = (run / "RESUME").read_text().strip()
-    assert (run / stopped).is_dir() and "--resume auto" in said
-    assert 2 <= len(curve(metrics)) < 12
-    result = launch(step_dir, argv + "--resume auto")
-    assert result.code == 0, result.errors
-    assert curve(metrics) == uninterrupted
-    assert not (run / "RESUME").exists()
 
 
 @pytest.mark.slow
@@ -240,26 +206,26 @@ def test_what_a_run_leaves_starts_it_again(step_dir, worlds, tmp_path):
     assert list(held_out) == [4, 8]
     assert f"held-out {held_out[8]:.4f}" in result.out
     written = run / "config.json"
-    assert written.read_text() == (tmp_path / "metrics.config.json").read_text()
-    argv = f"--config {written} --checkpoint_dir {tmp_path / 'again'}"
+    assert written.read_text() == (tmp_path / "metrics.jsonl.config.json").read_text()
+    argv = f"--config {written} --checkpoint_dir {tmp_path / 'again'} "
+    argv += f"--metrics_file {tmp_path / 'again.jsonl'}"
     assert trained(worlds, step_dir, argv) == curve(metrics)
     assert trained(worlds, step_dir, f"--config {written} --resume auto") == []  # all is done
 
 
 def test_a_file_of_flags_that_cannot_be_written_is_one_line(step_dir, tmp_path):
-    (tmp_path / "metrics.config.json").mkdir()
-    argv = SMALL + f"--max_tokens 64 --metrics_file {tmp_path / 'metrics.jsonl'}"
+    (tmp_path / "run" / "config.json").mkdir(parents=True)
+    argv = SMALL + f"--max_tokens 64 --checkpoint_dir {tmp_path / 'run'}"
     (said,) = launch(step_dir, argv).errors[0].splitlines()
-    assert said.startswith(f"error: {tmp_path / 'metrics.config.json'}: ")
+    assert said.startswith(f"error: {tmp_path / 'run' / 'config.json'}: ")
 
 
 def test_lines_of_steps_that_are_trained_again_are_dropped(step_dir, worlds, tmp_path):
     path = tmp_path / "metrics.jsonl"
-    lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3)]
-    lines += ["[1]\n", '{"a": 1}\n', '{"step": 2, "lo']
-    for step, kept in ((2, lines[:2]), (0, [])):
-        path.write_text("".join(lines))
+    lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3)] + ['{"step": 2, "lo']
+    for step, kept in ((2, lines[:2]), (3, lines[:3]), (7, lines[:3]), (0, [])):
+        path.unlink(missing_ok=True)
         (found,) = worlds(step_dir, 1).run(
-            trainer_workers.lines_kept, f"--metrics_file {path}", step
+            trainer_workers.lines_kept, f"--metrics_file {path}", "".join(lines), step
         )
         assert found == "".join(kept)

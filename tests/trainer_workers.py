@@ -150,12 +150,14 @@ def parsed(argv):
     return args.flags, args.total_steps
 
 
-def lines_kept(argv, step):
-    """Open a metrics file for a run that goes on from a step; what is in it then."""
+def lines_kept(argv, content, step):
+    """Open a file of metrics for a run that goes on from a step; what is in it then."""
     import train
     from metrics import Metrics
 
     args = train.parse_args(argv.split())
+    with open(args.metrics_file, "w") as file:
+        file.write(content)
     metrics = Metrics(args, torch.device("cpu"), 1.0, 1)
     metrics.open(step)
     metrics.close()
