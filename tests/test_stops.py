@@ -14,7 +14,7 @@ from conftest import step_number
 from launch import launch, on_two
 from test_trainer import BREAKS, SHARED, TRAIN, curve, trained
 
-ENDLESS = "--num_hidden_layers 1 --seq_len 16 --max_tokens 100000000 "
+ENDLESS = "--num_hidden_layers 2 --seq_len 16 --max_tokens 100000000 "
 FLAGS = ("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout", "60")
 
 
