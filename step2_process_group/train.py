@@ -120,8 +120,7 @@ def main(args):
             result = train_step(state)
         if world.is_first:
             metrics.log(result)
-    if world.is_first:
-        metrics.close()
+    pg.from_first(world, metrics.close)
     pg.assert_replicas_equal(state.parameters, state.mesh.group("dp"))
     pg.finish()
 

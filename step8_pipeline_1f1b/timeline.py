@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import process_group as pg
 from errors import UserError
 
 
@@ -55,17 +56,20 @@ class Timeline:
         own = [(name, *map(self.seconds, span)) for name, *span in self.spans]
         ranks = [None] * world.size
         dist.all_gather_object(ranks, own)
-        if world.is_first:
-            first = min(start for spans in ranks for _, start, _ in spans)
-            events = [
-                # microseconds; a row for each rank
-                {"name": name, "ph": "X", "pid": 0, "tid": rank, "ts": (start - first) * 1e6,
-                 "dur": (end - start) * 1e6}
-                for rank, spans in enumerate(ranks) for name, start, end in spans
-            ]  # fmt: skip
-            try:
-                Path(self.path).write_text(json.dumps({"traceEvents": events}))
-            except OSError as error:
-                if Path(self.path).is_file():
-                    Path(self.path).unlink()
-                raise UserError(f"--timeline {self.path}: {error.strerror}; it is lost") from None
+        pg.from_first(world, lambda: self.write_spans(ranks))
+
+    def write_spans(self, ranks):
+        """Write the file from the spans of each rank; raises UserError."""
+        first = min(start for spans in ranks for _, start, _ in spans)
+        events = [
+            # microseconds; a row for each rank
+            {"name": name, "ph": "X", "pid": 0, "tid": rank, "ts": (start - first) * 1e6,
+             "dur": (end - start) * 1e6}
+            for rank, spans in enumerate(ranks) for name, start, end in spans
+        ]  # fmt: skip
+        try:
+            Path(self.path).write_text(json.dumps({"traceEvents": events}))
+        except OSError as error:
+            if Path(self.path).is_file():
+                Path(self.path).unlink()
+            raise UserError(f"--timeline {self.path}: {error.strerror}; it is lost") from None

@@ -198,3 +198,61 @@ def part_read(directory, key):
             if key in file.keys():
                 return np.array(file.get_tensor(key))
     raise KeyError(key)
+
+
+@contextlib.contextmanager
+def environment(variables):
+    """Variables of the environment meanwhile; None takes one out."""
+    with patch.dict("os.environ", {k: v for k, v in variables.items() if v is not None}):
+        for name, value in variables.items():
+            if value is None:
+                os.environ.pop(name, None)
+        yield
+
+
+def refused_with(argv, variables):
+    """What parse_args says of a call in another environment; None if it takes it."""
+    import errors
+    import train
+
+    with environment(variables):
+        try:
+            train.parse_args(argv.split())
+        except errors.UserError as error:
+            return str(error)
+
+
+def metrics_written(argv):
+    """Write two lines of metrics as a run of these flags does; what is said if that can't be."""
+    import inspect
+
+    import errors
+    import metrics
+    import train
+
+    line = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0, "memory_gb": 1.0}
+    try:
+        args = train.parse_args(argv.split())
+        count = len(inspect.signature(metrics.Metrics).parameters)
+        reports = metrics.Metrics(*[args, torch.device("cpu"), 1.0, 1][:count])
+        reports.open(*[0][: len(inspect.signature(reports.open).parameters)])
+        with patch("time.perf_counter", iter(range(1, 99)).__next__):
+            reports.clock = 0
+            for step in (1, 2):
+                reports.log({"step": step, "tokens": step, **line})
+        reports.close()
+    except errors.UserError as error:
+        return str(error)
+
+
+def room_after(path, step):
+    """For `make_room`: which file to delete, after which step."""
+    global ROOM
+    ROOM = path, step
+
+
+def make_room(state):
+    """Delete what fills a disk."""
+    path, step = ROOM
+    if state.step == step:
+        os.unlink(path)
