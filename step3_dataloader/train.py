@@ -130,17 +130,10 @@ def main(args):
             result = train_step(state)
         if world.is_first:
             metrics.log(result)
-<<<<<<< step3_dataloader/train.py
     held_out = evaluate(state)
     if world.is_first:
         print(f"held-out loss {held_out:.4f}")
-        metrics.close()
-||||||| base
-    if world.is_first:
-        metrics.close()
-=======
     pg.from_first(world, metrics.close)
->>>>>>> edit from step2_process_group
     pg.assert_replicas_equal(state.parameters, state.mesh.group("dp"))
     pg.finish()
 

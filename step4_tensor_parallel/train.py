@@ -140,7 +140,7 @@ def main(args):
     held_out = evaluate(state)
     if world.is_first:
         print(f"held-out loss {held_out:.4f}")
-        metrics.close()
+    pg.from_first(world, metrics.close)
     pg.finish()
 
 

@@ -163,7 +163,7 @@ def main(args):
     state.stage.timeline.write(world)
     if world.is_first:
         print(f"held-out loss {held_out:.4f}")
-        metrics.close()
+    pg.from_first(world, metrics.close)
     pg.finish()
 
 

@@ -193,8 +193,7 @@ def main(args):
         if args.save_hf:
             save_hf(state, args.save_hf)
     state.stage.timeline.write(world)
-    if world.is_first:
-        metrics.close()
+    pg.from_first(world, metrics.close)
     pg.finish()
     if state.not_saved:
         raise state.not_saved
