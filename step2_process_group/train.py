@@ -18,7 +18,7 @@ from ledger import communication_ledger, report_traffic
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
-from started import world_size
+from started import together, world_size
 
 
 @dataclass
@@ -107,6 +107,7 @@ def train_step(state):
     }
 
 
+@together
 def main(args):
     state = setup(args)
     world, flops = state.mesh.world, flops_per_token(state.model, args.seq_len)

@@ -1,13 +1,18 @@
 """What was started: how many processes, where they meet, and whether they can work as asked."""
 
+import functools
 import os
+import signal
 import socket
+import time
 
 import torch
 
-from errors import UserError
+from errors import RANK, UserError, in_one_line
 
 LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what `torchrun` sets
+# What gloo and NCCL say of a rank that is gone.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process")
 
 
 def world_size():
@@ -49,3 +54,25 @@ def check_world(device_type, tp=1, cp=1, dp=1, pp=1):
             f"--device cuda: {here} processes for {devices} CUDA devices on this machine; lower "
             "torchrun's --nproc_per_node or use --device cpu"
         )
+
+
+def together(main):
+    """Run main(args). Where it fails because another rank has ended, that one has the word.
+
+    The launcher then ends this rank, too. If it does not, the first one raises UserError.
+    """
+
+    @functools.wraps(main)
+    def wrapped(args):
+        try:
+            return main(args)
+        except RuntimeError as error:
+            if not any(words in str(error) for words in LOST):
+                raise
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(10)
+            if RANK > 0:
+                os._exit(2)
+            raise UserError(f"another rank has ended: {in_one_line(error)}") from None
+
+    return wrapped

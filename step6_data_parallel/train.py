@@ -21,6 +21,7 @@ from ledger import communication_ledger, report_traffic
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
+from started import together
 from tensor_parallel import apply_tensor_parallel, tensor_parallel_traffic
 from zero import data_parallel
 
@@ -139,6 +140,7 @@ def predicted_traffic(state):
     return report + tensor_parallel_traffic(state.args, state.model)
 
 
+@together
 def main(args):
     state = setup(args)
     world, flops = state.mesh.world, flops_per_token(state.model, args.seq_len)

@@ -28,6 +28,7 @@ from pipeline_parallel import (
     pipeline_parallel_traffic,
     sum_shared_gradients,
 )
+from started import together
 from tensor_parallel import apply_tensor_parallel, tensor_parallel_traffic
 from zero import data_parallel
 
@@ -146,6 +147,7 @@ def predicted_traffic(state):
     return report + tensor_parallel_traffic(state.args, state.model)
 
 
+@together
 def main(args):
     state = setup(args)
     world, flops = state.mesh.world, flops_per_token(state.model, args.seq_len)

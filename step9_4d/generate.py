@@ -27,7 +27,7 @@ from model import Llama, causal_attention, materialize
 from presets import from_transformers, hub_is_unreachable
 from resharding import read_weights
 from run_directory import find, read_about
-from started import check_world
+from started import check_world, together
 from tensor_parallel import apply_tensor_parallel, check_tensor_parallel
 
 
@@ -156,6 +156,7 @@ def load(args, device, group):
     return model
 
 
+@together
 def main(args):
     device = pg.init_processes(args.device)
     group = pg.Mesh(args.tp_size).group("tp")

@@ -33,6 +33,7 @@ from pipeline_parallel import (
     pipeline_parallel_traffic,
     sum_shared_gradients,
 )
+from started import together
 from tensor_parallel import apply_tensor_parallel, tensor_parallel_traffic
 from zero import data_parallel
 
@@ -165,6 +166,7 @@ def predicted_traffic(state):
     return report + tensor_parallel_traffic(state.args, state.model)
 
 
+@together
 @alone
 def main(args):
     state = setup(args)
