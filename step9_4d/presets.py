@@ -1,5 +1,6 @@
 """Model configurations: a table of published architectures, local directories, hub ids."""
 
+import json
 import os
 import re
 import urllib.error
@@ -95,21 +96,59 @@ def hub_is_unreachable():
     return os.environ.get("HF_HUB_OFFLINE") == "1"
 
 
-def from_transformers(name):
-    """Read the `config.json` of a directory or a hub id through transformers."""
+def from_transformers(name, flag="--model_name"):
+    """Read the `config.json` of a directory or a hub id, which a flag names, by transformers.
+
+    The end tokens of its `generation_config.json` are added to the configuration's.
+    """
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise UserError(f"--model_name {name}: the directory has no config.json")
+        raise UserError(f"{flag} {name}: the directory has no config.json")
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(name)
+        ends = as_list(config.eos_token_id) + ends_for_generating(name)
     except Exception as error:
-        raise UserError(f"--model_name {name}: {in_one_line(error)} (or name a preset)") from None
+        raise UserError(f"{flag} {name}: {in_one_line(error)} (or name a preset)") from None
+    ends = list(dict.fromkeys(ends))
+    config.eos_token_id = ends if len(ends) > 1 else ends[0] if ends else None
     if reason := foreign_part(config):
         raise UserError(
-            f"--model_name {name}: not a Llama of this model.py: {reason}; name a Llama or a preset"
+            f"{flag} {name}: not a Llama of this model.py: {reason}; name a Llama or a preset"
         )
     return config
+
+
+def ends_for_generating(name):
+    """The end tokens, a list, of the `generation_config.json` of a directory or a hub id."""
+    from transformers.utils import cached_file
+
+    try:
+        file = cached_file(name, "generation_config.json")
+    except OSError:
+        return []  # there is none
+    return as_list(json.loads(Path(file).read_text()).get("eos_token_id"))
+
+
+def as_list(ids):
+    """Ids as a list, as a configuration has them: none, one, or a list."""
+    return [] if ids is None else ids if isinstance(ids, list) else [ids]
+
+
+def special_tokens(config):
+    """The ids of begin, end (one or a list) and padding; None where a configuration has none."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: getattr(config, name, None) for name in names}
+
+
+def ids_of(known, tokenizer):
+    """The special tokens of a model that is used with a tokenizer, as from `special_tokens`.
+
+    They are those known of the model, if the tokenizer's end is among them. Else the tokenizer is
+    not the one that they are ids of, and its own count. known: None where nothing is.
+    """
+    own = special_tokens(tokenizer)
+    return known if known and own["eos_token_id"] in as_list(known["eos_token_id"]) else own
 
 
 def foreign_part(config):
@@ -133,7 +172,7 @@ def foreign_part(config):
     return None
 
 
-def override(config, args):
+def override(config, args, flag="--model_name"):
     """Put the flags that were given into config and check that the shapes fit together.
 
     What the flags leave as it is, though it may be meant otherwise, is said.
@@ -161,7 +200,7 @@ def override(config, args):
         if getattr(args, field) is not None:
             setattr(config, field, getattr(args, field))
         if getattr(config, field) < 1:
-            raise UserError(f"--model_name {args.model_name}: its {field} is below 1")
+            raise UserError(f"{flag} {args.model_name}: its {field} is below 1")
     if args.tie_word_embeddings != "config":
         config.tie_word_embeddings = args.tie_word_embeddings == "yes"
     heads, kv_heads, width = (

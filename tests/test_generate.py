@@ -47,14 +47,16 @@ def test_nothing_follows_the_end_token(step_dir, worlds, model):
     argv = f"--load_hf {model[0]} --dtype float64 --max_new_tokens 30 --seed {2**64}"
     run = worlds(step_dir, 1).run
     (tokens,) = run(trainer_workers.generated, argv, PROMPT)
-    end = tokens[7]
-    (found,) = run(trainer_workers.generated, argv, PROMPT, True, end)
+    end, other = tokens[7], tokens[3]
+    (found,) = run(trainer_workers.generated, argv, PROMPT, True, [end])
     assert found == tokens[: tokens.index(end) + 1]
-    (found,) = run(trainer_workers.generated, argv, [end], True, end)
+    (found,) = run(trainer_workers.generated, argv, PROMPT, True, [end, other])
+    assert found == tokens[: min(tokens.index(end), tokens.index(other)) + 1]
+    (found,) = run(trainer_workers.generated, argv, [end], True, [end])
     assert found and end not in found[:-1]
 
 
-def test_temperature_and_top_k(step_dir, worlds):
+def test_temperature_top_k_and_top_p(step_dir, worlds):
     logits = np.log([0.1, 0.2, 0.3, 0.4])
     run = worlds(step_dir, 1).run
     (plain,) = run(trainer_workers.drawn, logits, 1.0, 0, 20_000)
@@ -63,8 +65,14 @@ def test_temperature_and_top_k(step_dir, worlds):
     assert cold == pytest.approx(np.array([1, 4, 9, 16]) / 30, abs=0.02)
     (two,) = run(trainer_workers.drawn, logits, 1.0, 2, 20_000)
     assert two == pytest.approx([0, 0, 3 / 7, 4 / 7], abs=0.02)
-    for temperature, top_k in ((0.0, 0), (1.0, 1), (1e-310, 0)):
-        (best,) = run(trainer_workers.drawn, logits, temperature, top_k, 100)
+    # The fewest of the likeliest that come to top_p: 0.4 + 0.3 do to 0.65, 0.4 alone to 0.35.
+    for top_k, top_p, kept in ((0, 0.65, 2), (0, 0.75, 3), (3, 0.85, 3), (2, 0.55, 1)):
+        (nucleus,) = run(trainer_workers.drawn, logits, 1.0, top_k, 20_000, top_p)
+        few = np.where(np.arange(4) < 4 - kept, 0, np.exp(logits))
+        assert nucleus == pytest.approx(few / few.sum(), abs=0.02)
+        assert (nucleus > 0).sum() == kept
+    for temperature, top_k, top_p in ((0.0, 0, 1.0), (1.0, 1, 1.0), (1e-310, 0, 1.0), (1, 0, 0.35)):
+        (best,) = run(trainer_workers.drawn, logits, temperature, top_k, 100, top_p)
         assert best == pytest.approx([0, 0, 0, 1])
 
 
@@ -74,6 +82,8 @@ def test_temperature_and_top_k(step_dir, worlds):
         ("", "--checkpoint --load_hf"),
         ("--checkpoint /no/such/place", "no checkpoint"),
         ("--load_hf {hf} --tp_size 3", "heads 8"),
+        ("--load_hf {hf} --top_p 0", "'0' is not a number above 0 and at most 1"),
+        ("--load_hf {hf} --top_p 1.5", "--top_p: '1.5' is not a number above 0 and at most 1"),
         ("--load_hf {hf} --prompt \udcff", "--prompt '\\udcff': bytes that are no UTF-8"),
     ],
 )

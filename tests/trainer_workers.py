@@ -127,7 +127,7 @@ def reading(argv, tokens):
         return state.model(tokens[:, :-1], tokens[:, 1:], positions).item()
 
 
-def generated(argv, prompt, cached=True, end=None):
+def generated(argv, prompt, cached=True, ends=()):
     """Symbols that `generate.py` adds to a prompt, a list; without the cache if asked."""
     import generate
     import process_group as pg
@@ -138,7 +138,7 @@ def generated(argv, prompt, cached=True, end=None):
     group = pg.Mesh(args.tp_size).group("tp")
     model = generate.load(args, device, group)
     if cached:
-        return generate.generate(model, group, prompt, args, end)
+        return generate.generate(model, group, prompt, args, ends)
     tokens = list(prompt)
     for layer in model.model.layers.values():
         assert layer.self_attn.attention is causal_attention
@@ -150,13 +150,13 @@ def generated(argv, prompt, cached=True, end=None):
     return tokens[len(prompt) :]
 
 
-def drawn(logits, temperature, top_k, count):
+def drawn(logits, temperature, top_k, count, top_p=1.0):
     """How often each symbol is drawn."""
     from generate import sample
 
     generator = torch.Generator().manual_seed(0)
     logits = torch.tensor(logits, dtype=torch.float64)
-    found = [sample(logits, temperature, top_k, generator) for _ in range(count)]
+    found = [sample(logits, temperature, top_k, top_p, generator) for _ in range(count)]
     return np.bincount(found, minlength=len(logits)) / count
 
 
