@@ -23,11 +23,11 @@ ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_facto
         "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
 
 
-def theirs(path, tied=False, dtype=torch.float64, shard="10GB", **fields):
+def theirs(path, tied=False, dtype=torch.float64, shard="10GB", vocab=257, **fields):
     """A directory with a random model of transformers; returns the model in float64."""
     torch.manual_seed(1)
     shape = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64}
-    config = workers.tiny_config(tie_word_embeddings=tied, vocab_size=257, **shape, **fields)
+    config = workers.tiny_config(tie_word_embeddings=tied, vocab_size=vocab, **shape, **fields)
     model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa").to(dtype)
     with torch.no_grad():
         for name, weight in model.named_parameters():

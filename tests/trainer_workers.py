@@ -1,10 +1,13 @@
 """Functions that the tests of checkpoints and of Hugging Face directories run inside a `World`."""
 
+import contextlib
+import io
 import itertools
 import math
 import os
 import signal
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -179,3 +182,35 @@ def lines_kept(argv, step):
     metrics.close()
     with open(args.metrics_file) as file:
         return file.read()
+
+
+def configured(argvs):
+    """(model's name, fields of its configuration, lines printed) of each of several calls, with no
+    hub to be reached.
+    """
+    import presets
+    import train
+
+    found = []
+    for argv in argvs:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), patch.object(presets, "hub_is_unreachable") as hub:
+            hub.return_value = True
+            args = train.parse_args(argv.split())
+        fields = ("intermediate_size", "max_position_embeddings")
+        config = {name: getattr(args.config, name) for name in fields}
+        found.append((args.model_name, config, said.getvalue().splitlines()))
+    return found
+
+
+def continued(name, cases, ends):
+    """(symbols of the prompt, text after it) for cases of (prompt, new symbols), by a tokenizer."""
+    from corpus import load_tokenizer
+    from generate import decode, encode
+
+    tokenizer = load_tokenizer(name)
+    found = []
+    for text, new in cases:
+        prompt = encode(tokenizer, text, ends)
+        found.append((prompt, decode(tokenizer, prompt, new)))
+    return found
