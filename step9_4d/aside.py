@@ -58,15 +58,20 @@ def writing(directory, advice="", cleans=True):
     except Exception as error:
         if cleans:
             clear(directory)
-        # Of libraries in Rust: "I/O error: No space left on device (os error 28)".
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        code = getattr(error, "errno", None) or (number and int(number[1]))
-        if code is None and not isinstance(error, UserError):
-            raise
-        if str(error).startswith("--"):  # says what to do
+        code = number_of(error)
+        if str(error).startswith("--") or not (code or isinstance(error, UserError)):
             raise
         reason = os.strerror(code) if code else error
         raise UserError(f"--save_hf {directory}: {reason}{advice}") from error
+
+
+def number_of(error):
+    """The operating system's number of the error that an exception is about, or None."""
+    said = str(error)
+    if found := re.search(r"\(os error (\d+)\)", said):  # as libraries in Rust have it
+        return int(found[1])
+    full = errno.ENOSPC if os.strerror(errno.ENOSPC) in said else None
+    return getattr(error, "errno", None) or full
 
 
 def clear(directory):

@@ -5,7 +5,9 @@ import io
 import itertools
 import math
 import os
+import shutil
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -70,8 +72,6 @@ def damage_and_resume(argv, path, name, how):
     """What a run says that goes on from a checkpoint with one file truncated, emptied of all that
     it should say, or gone.
     """
-    from pathlib import Path
-
     file = Path(path) / name
     whole = file.read_bytes()
     try:
@@ -214,3 +214,89 @@ def continued(name, cases, ends):
         prompt = encode(tokenizer, text, ends)
         found.append((prompt, decode(tokenizer, prompt, new)))
     return found
+
+
+def spoiled_export(argv, spoiled):
+    """What each of several exports says in which other weights are spoiled: {name: number}."""
+    import errors
+    import huggingface
+
+    state = workers.build(argv)
+    said = []
+    for numbers in spoiled:
+        for parameter in state.parameters:
+            number = numbers.get(parameter.global_name, 0.0)
+            parameter.detach().view(-1)[-1:] = number
+        try:
+            huggingface.save_hf(state, state.args.save_hf)
+        except errors.UserError as error:
+            said.append(str(error))
+    return said
+
+
+def full_disk_export(argv, frees, disk):
+    """Exports at the end of a run, of whose disk only so many bytes are still free.
+
+    Returns for each (what it says, what is on the disk beside the filler); then the same for
+    enough, without a filler.
+    """
+    import checkpoint
+    import errors
+    import huggingface
+
+    state = workers.build(argv)
+    if state.args.checkpoint_dir:
+        state.step = state.args.total_steps
+        checkpoint.save_if_due(state)
+    found = []
+    for free in [*frees, None]:
+        if free is not None and state.mesh.rank == 0:
+            size = shutil.disk_usage(disk).free - free
+            with open(f"{disk}/filler", "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+        torch.distributed.barrier()
+        said = None
+        try:
+            huggingface.save_hf(state, state.args.save_hf)
+        except errors.UserError as error:
+            said = str(error)
+        torch.distributed.barrier()
+        there = sorted(str(path.relative_to(disk)) for path in Path(disk).rglob("*"))
+        found.append((said, [name for name in there if name != "filler"]))
+        torch.distributed.barrier()
+        if free is not None and state.mesh.rank == 0:
+            os.remove(f"{disk}/filler")
+    return found
+
+
+def exported(argv, special_tokens=None):
+    """Run `huggingface.py`; with the special tokens that a checkpoint may say."""
+    import huggingface
+
+    args = huggingface.parse_args(argv.split())
+    about = huggingface.read_about("--checkpoint", huggingface.find("", args.checkpoint))
+    about |= {"special_tokens": special_tokens} if special_tokens else {}
+    with patch.object(huggingface, "read_about", lambda *_: about):
+        huggingface.main(args)
+
+
+def tokenizer_for_generating(argv):
+    """The name of the tokenizer that `generate.py` will open."""
+    import generate
+
+    return generate.parse_args(argv.split()).tokenizer_name
+
+
+def without_packages(name):
+    """What is said of a tokenizer where what reads sentencepiece files is not installed."""
+    import sys
+
+    import corpus
+    import errors
+
+    missing = dict.fromkeys(["sentencepiece", "google", "google.protobuf", "tiktoken"])
+    with patch.dict(sys.modules, missing):
+        try:
+            corpus.load_tokenizer(name)
+        except errors.UserError as error:
+            return str(error)
