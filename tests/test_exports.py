@@ -102,6 +102,7 @@ def test_numbers_that_are_not_finite_are_not_exported(step_dir, worlds, tmp_path
     assert [path.name for path in tmp_path.rglob("*")] == ["hf"]
 
 
+@pytest.mark.slow
 def test_a_run_that_overflows_at_its_last_step_exports_nothing(step_dir, tmp_path):
     argv = f"--learning_rate 1e39 --max_tokens 512 --dataset_name random --save_hf {tmp_path}/hf"
     result = launch(step_dir, argv)
