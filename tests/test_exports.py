@@ -143,7 +143,7 @@ def test_all_end_tokens_and_the_padding_survive(step_dir, worlds, tmp_path):
     run(trainer_workers.train_and_save, argv + f"--checkpoint_dir {tmp_path}/run")
     call = f"--checkpoint {tmp_path}/run --save_hf {tmp_path}/"
     several = {**known, "eos_token_id": [2, 40, 50]}
-    run(trainer_workers.exported, call + "c", several)
+    run(trainer_workers.exported, call + f"c --tokenizer_name {source}", several)
     assert ids_in(tmp_path / "c") == [1, [2, 40, 50], 7, 1, [2, 50], 7]
     run(trainer_workers.exported, call + "d --tokenizer_name bytes", several)
     assert ids_in(tmp_path / "d") == [None, 0, None, None, 0, None]
