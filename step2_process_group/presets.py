@@ -20,15 +20,19 @@ LLAMA3_ROPE = {
 # name: (layers, width, heads, kv heads, intermediate, vocabulary, tied, context, rope, hub ids)
 PRESETS = {
     "debug": (8, 128, 8, 4, 384, 256, False, 2048, {}, ()),
-    "smollm-135m": (30, 576, 9, 3, 1536, 49152, True, 2048, {}, ("HuggingFaceTB/SmolLM-135M",)),
-    "smollm-360m": (32, 960, 15, 5, 2560, 49152, True, 2048, {}, ("HuggingFaceTB/SmolLM-360M",)),
-    "smollm-1.7b": (24, 2048, 32, 32, 8192, 49152, True, 2048, {}, ("HuggingFaceTB/SmolLM-1.7B",)),
+    "smollm-135m": (30, 576, 9, 3, 1536, 49152, True, 2048, {},
+                    ("HuggingFaceTB/SmolLM-135M", "HuggingFaceTB/SmolLM-135M-Instruct")),
+    "smollm-360m": (32, 960, 15, 5, 2560, 49152, True, 2048, {},
+                    ("HuggingFaceTB/SmolLM-360M", "HuggingFaceTB/SmolLM-360M-Instruct")),
+    "smollm-1.7b": (24, 2048, 32, 32, 8192, 49152, True, 2048, {},
+                    ("HuggingFaceTB/SmolLM-1.7B", "HuggingFaceTB/SmolLM-1.7B-Instruct")),
     "tinyllama-1.1b": (22, 2048, 32, 4, 5632, 32000, False, 2048, {},
                        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "TinyLlama/TinyLlama_v1.1")),
     "llama-3.2-1b": (16, 2048, 32, 8, 8192, 128256, True, 131072, {**LLAMA3_ROPE, "factor": 32.0},
-                     ("meta-llama/Llama-3.2-1B",)),
+                     ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B-Instruct")),
     "llama-3.1-8b": (32, 4096, 32, 8, 14336, 128256, False, 131072, {**LLAMA3_ROPE, "factor": 8.0},
-                     ("meta-llama/Llama-3.1-8B", "meta-llama/Meta-Llama-3.1-8B")),
+                     ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct",
+                      "meta-llama/Meta-Llama-3.1-8B", "meta-llama/Meta-Llama-3.1-8B-Instruct")),
 }  # fmt: skip
 
 
@@ -101,26 +105,51 @@ def from_transformers(name):
         config = AutoConfig.from_pretrained(name)
     except Exception as error:
         raise UserError(f"--model_name {name}: {in_one_line(error)} (or name a preset)") from None
-    unsupported = [
-        f"{field} {getattr(config, field, None)}"
-        for field, known in [
-            ("model_type", ("llama",)),
-            ("hidden_act", ("silu",)),
-            ("attention_bias", (False,)),
-            ("mlp_bias", (False,)),
-        ]
-        if getattr(config, field, None) not in known
-    ]
-    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    if rope_type not in ("default", "llama3"):
-        unsupported.append(f"rope_type {rope_type}")
-    if unsupported:
-        raise UserError(f"--model_name {name}: not a Llama of this model.py: {unsupported}")
+    if reason := foreign_part(config):
+        raise UserError(
+            f"--model_name {name}: not a Llama of this model.py: {reason}; name a Llama or a preset"
+        )
     return config
 
 
+def foreign_part(config):
+    """What a configuration has that model.py has not, in words; None for a Llama."""
+    kind = config.model_type
+    if kind == "qwen2":
+        return "a qwen2 model, whose attention has biases (of q, k and v)"
+    if kind == "mistral" and config.sliding_window is not None:
+        return f"a mistral model, whose attention sees the last {config.sliding_window} tokens only"
+    if kind != "llama":
+        return f"a {kind} model"
+    if config.hidden_act != "silu":
+        return f"its MLP has the activation {config.hidden_act}, not silu"
+    if config.attention_bias:
+        return "its attention has biases (attention_bias)"
+    if config.mlp_bias:
+        return "its MLP has biases (mlp_bias)"
+    rope_type = (config.rope_parameters or {}).get("rope_type")
+    if rope_type not in ("default", "llama3"):
+        return f"its rotary positions are scaled as {rope_type} (rope_type), not default or llama3"
+    return None
+
+
 def override(config, args):
-    """Put the shape flags that were given into config and check that the shapes fit together."""
+    """Put the flags that were given into config and check that the shapes fit together.
+
+    What the flags leave as it is, though it may be meant otherwise, is said.
+    """
+    if args.hidden_size not in (None, config.hidden_size) and args.intermediate_size is None:
+        note(
+            f"--hidden_size {args.hidden_size} without --intermediate_size: the latter stays at "
+            f"{config.intermediate_size}, made for a width of {config.hidden_size}"
+        )
+    longest = config.max_position_embeddings
+    if args.seq_len > longest:
+        note(
+            f"--seq_len {args.seq_len}: longer than the model's max_position_embeddings {longest}, "
+            f"which becomes {args.seq_len}"
+        )
+        config.max_position_embeddings = args.seq_len
     for field in (
         "num_hidden_layers",
         "num_attention_heads",

@@ -19,14 +19,8 @@ from ledger import communication_ledger, report_traffic
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
-<<<<<<< step4_tensor_parallel/train.py
 from started import together
 from tensor_parallel import apply_tensor_parallel, tensor_parallel_traffic
-||||||| base
-from started import world_size
-=======
-from started import together, world_size
->>>>>>> edit from step3_dataloader
 
 
 @dataclass
@@ -125,7 +119,6 @@ def train_step(state):
     }
 
 
-<<<<<<< step4_tensor_parallel/train.py
 def predicted_traffic(state):
     """What the formulas of all lessons say of a step: rows of (axis, collective, calls, bytes)."""
     report = report_traffic(state.mesh, state.mesh.group("tp"), len(state.model.parameter_names))
@@ -133,10 +126,6 @@ def predicted_traffic(state):
 
 
 @together
-||||||| base
-=======
-@together
->>>>>>> edit from step3_dataloader
 def main(args):
     state = setup(args)
     world, flops = state.mesh.world, flops_per_token(state.model, args.seq_len)

@@ -22,7 +22,7 @@ import process_group as pg
 import run_directory
 from corpus import tokenizer_of
 from errors import UserError, note
-from presets import preset
+from presets import preset, special_tokens
 from resharding import all_finite, read_tensors, tensors_of, write_tensors
 from run_directory import checkpoints, find, newest_sound, own, read_about
 
@@ -184,21 +184,28 @@ def save(state):
         raise
 
 
-def complete(state, files, aside):
-    """On the first rank: all that makes a directory of tensors a checkpoint with a name."""
-    args, directory = state.args, Path(state.args.checkpoint_dir)
-    others = run_directory.write_tokenizer(tokenizer_of(args), aside)
-    run_directory.write_about(aside, {
+def about_of(state, files, others):
+    """What a checkpoint says of itself: its files with their checksums, and of which run it is."""
+    args = state.args
+    return {
         "step": state.step,
-        "run": run_directory.run_id(directory),
+        "run": run_directory.run_id(args.checkpoint_dir) if args.checkpoint_dir else None,
         "flags": args.flags,
         "tokenizer": tokenizer_of(args),
+        "special_tokens": special_tokens(args.config),
         "dtype": "float64" if args.dtype == "float64" else "float32",  # of the weights
         "model": model_fields(args.config),
         "data": args.data,
         "files": files,
         "others": others,
-    })  # fmt: skip
+    }
+
+
+def complete(state, files, aside):
+    """On the first rank: all that makes a directory of tensors a checkpoint with a name."""
+    args, directory = state.args, Path(state.args.checkpoint_dir)
+    others = run_directory.write_tokenizer(tokenizer_of(args), aside)
+    run_directory.write_about(aside, about_of(state, files, others))
     if args.lock is not None:
         args.lock.check()
     run_directory.complete(aside, directory, state.step)

@@ -8,6 +8,7 @@ python huggingface.py --checkpoint runs/first --save_hf exported
 """
 
 from errors import (  # first: Ctrl-C is one line from here on
+    RANK,
     ArgumentParser,
     UserError,
     in_one_line,
@@ -16,10 +17,7 @@ from errors import (  # first: Ctrl-C is one line from here on
 )
 
 # isort: split
-import errno
 import json
-import os
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,11 +25,22 @@ import torch
 from safetensors import safe_open
 
 import process_group as pg
+from aside import check_room, check_save_hf, give_name, hidden, writing
+from checkpoint import about_of
 from corpus import load_tokenizer, tokenizer_of
 from model import Llama, materialize
-from presets import hub_is_unreachable, load_config
+from presets import (
+    from_transformers,
+    hub_is_unreachable,
+    ids_of,
+    load_config,
+    override,
+    special_tokens,
+)
 from resharding import read_weights, tensors_of, write_tensors
-from run_directory import find, read_about
+from run_directory import find, own, read_about, write_about
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def load_checked_config(args):
@@ -41,32 +50,42 @@ def load_checked_config(args):
     """
     if args.save_hf is not None:
         check_save_hf(args.save_hf)
-    if args.load_hf is None:
-        return load_config(args)
+    try:
+        config = load_config(args) if args.load_hf is None else config_to_load(args)
+    except UserError as error:
+        if args.resume is None or Path(args.load_hf or args.model_name).exists():
+            raise
+        config = resumed_config(args, error)
+    if args.save_hf is not None:
+        check_room(args.save_hf, config, args.dtype, copies=2)  # parts, then the whole of them
+    return config
+
+
+def resumed_config(args, error):
+    """The configuration that a checkpoint has of a model whose own directory is gone."""
+    note(f"{error}: not needed, {args.resume} has its configuration, tokenizer and weights")
+    about = args.resumed
+    args.tokenizer_name = args.tokenizer_name or tokenizer_at(args.resume, about)
+    config = SimpleNamespace(**about["model"], **about["special_tokens"])
+    override(config, args)
+    return config
+
+
+def config_to_load(args):
+    """The configuration of --load_hf, with the flags that were given; raises UserError."""
     if args.model_name not in ("debug", args.load_hf):
         raise UserError(f"--load_hf with --model_name {args.model_name}: leave the latter out")
     check_directory(args.load_hf)
     args.model_name = args.load_hf
-    config = load_config(args)
+    config = from_transformers(args.load_hf, "--load_hf")
+    override(config, args, "--load_hf")
     slices = stored_slices(args.load_hf, config)
-    if args.tie_word_embeddings == "yes" and "lm_head.weight" in slices:
+    if args.tie_word_embeddings == "config":
+        remedy = "--tie_word_embeddings yes leaves the head unread, no trains both"
+        check_head(args.load_hf, config, slices, remedy)
+    elif args.tie_word_embeddings == "yes" and "lm_head.weight" in slices:
         note(f"--tie_word_embeddings yes: lm_head.weight of {args.load_hf} is not read")
     return config
-
-
-def check_save_hf(directory):
-    """Make the directory to write; raises UserError if that can't be, or if it is in use."""
-    try:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        used = any(Path(directory).iterdir())
-        if os.path.ismount(directory):
-            raise OSError(errno.EBUSY, "a mount point, whose name no other can take")
-        if not (os.access(directory, os.W_OK) and os.access(hidden(directory).parent, os.W_OK)):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise UserError(f"--save_hf {directory}: {error.strerror}; name a directory") from None
-    if used:
-        raise UserError(f"--save_hf {directory}: not empty; name another directory")
 
 
 def check_tokenizer(args, world):
@@ -77,22 +96,44 @@ def check_tokenizer(args, world):
 
 
 def check_directory(path):
-    """Raise UserError unless --load_hf names a directory with a model's configuration."""
+    """Raise UserError unless --load_hf names a directory with a model's configuration.
+
+    Also says what weights there are not read.
+    """
     if not (Path(path) / "config.json").is_file():
         raise UserError(f"--load_hf {path}: no config.json there; name a directory that has one")
+    if all((Path(path) / name).exists() for name in (SINGLE, INDEX)):
+        note(f"--load_hf {path}: {SINGLE} is read, {INDEX} and what it lists are not")
+
+
+def check_head(directory, config, slices, remedy):
+    """Raise UserError, on the first rank, for a tied head that is stored with other numbers.
+
+    slices: as from `stored_slices`; remedy: what to do.
+    """
+    if not (config.tie_word_embeddings and "lm_head.weight" in slices) or RANK > 0:
+        return
+    table, head = slices["model.embed_tokens.weight"], slices["lm_head.weight"]
+    same = head.get_shape() == table.get_shape()
+    for start in range(0, config.vocab_size, 4096):  # rows at a time, as the tables are large
+        same = same and bool((table[start : start + 4096] == head[start : start + 4096]).all())
+    if not same:
+        raise UserError(
+            f"--load_hf {directory}: its config.json ties the head to the embedding, but its "
+            f"lm_head.weight is another one than its model.embed_tokens.weight: {remedy}"
+        )
 
 
 def stored_slices(directory, config):
     """{name: safetensors slice} of a directory, once found to be those of a model of config.
 
-    They are in one file or in several with an index. Raises UserError.
+    They are in one file, or where there is none in several with an index. Raises UserError.
     """
     path = Path(directory)
-    index = path / "model.safetensors.index.json"
     try:
-        names = ["model.safetensors"]
-        if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = [SINGLE]
+        if not (path / SINGLE).exists() and (path / INDEX).exists():
+            names = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
         files = [safe_open(path / name, "pt") for name in names]
         slices = {name: file.get_slice(name) for file in files for name in file.keys()}
     except Exception as error:
@@ -125,32 +166,46 @@ def load_hf(model, directory):
         parameter.detach().copy_(slices[parameter.global_name][parameter.held])
 
 
+def tokenizer_at(checkpoint, about):
+    """The name of a checkpoint's tokenizer: its own copy, or what its checkpoint.json names."""
+    copy = Path(checkpoint) / "tokenizer"
+    return str(copy) if copy.is_dir() else about["tokenizer"]
+
+
 def save_hf(state, directory):
     """Write the model so that `AutoModelForCausalLM.from_pretrained` opens it.
 
     In the dtype of the weights, with config, tokenizer and defaults for generating; complete or
     absent. Raises UserError if it can't be written.
     """
-    parts = hidden(directory) / "parts"
-    args, dtype, world = state.args, state.parameters[0].dtype, state.mesh.world
-    pg.from_first(world, lambda: parts.mkdir(parents=True, exist_ok=True))
-    files = write_tensors(tensors_of(state.parameters), parts, world)
-    pg.from_first(
-        world, lambda: export(parts, files, directory, args.config, dtype, tokenizer_of(args))
-    )
+    args, world, dtype = state.args, state.mesh.world, state.parameters[0].dtype
+    parts, known = hidden(directory) / "parts", special_tokens(args.config)
+    saved = own(args.checkpoint_dir) if args.checkpoint_dir else []
+
+    def export_and_name(files):
+        write_about(parts, about_of(state, files, {}))  # so it is a checkpoint, of weights only
+        with writing(directory, advice_of(saved or [parts]), [] if saved else ["parts"]):
+            export(parts, files, directory, args.config, dtype, tokenizer_of(args), known)
+        give_name(directory)
+
+    with writing(directory, advice_of(saved), cleans=world.is_first):
+        pg.from_first(world, lambda: parts.mkdir(parents=True, exist_ok=True))
+        files = write_tensors(tensors_of(state.parameters), parts, world)
+    pg.from_first(world, lambda: export_and_name(files))
 
 
-def hidden(directory):
-    """Where to write before it gets that name."""
-    path = Path(directory).absolute()
-    return path.with_name(f".{path.name}")
+def advice_of(saved):
+    """What to do after an export that failed, with the last of some checkpoints."""
+    command = "python huggingface.py --checkpoint"
+    return f"; when that is mended: {command} {saved[-1]} --save_hf DIR" if saved else ""
 
 
-def export(checkpoint, files, directory, config, dtype, tokenizer_name):
-    """In one process: from the tensors of a checkpoint to a Hugging Face directory.
+def export(checkpoint, files, directory, config, dtype, tokenizer_name, known):
+    """In one process: from the tensors of a checkpoint to a Hugging Face directory, not yet named.
 
-    Raises UserError for a tokenizer that can't be had, files that can't be read, or a directory in
-    which something was put meanwhile.
+    files: what `write_tensors` told of them. known: special tokens of the model, as for `ids_of`.
+    Raises UserError for a tokenizer that can't be had, files that can't be read, and numbers that
+    are not finite.
     """
     import transformers
 
@@ -158,26 +213,30 @@ def export(checkpoint, files, directory, config, dtype, tokenizer_name):
         model = Llama(config, dtype)
     materialize(model, None, torch.device("cpu"))
     read_weights(model, checkpoint, files)
-
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(
+                f"--save_hf {directory}: {name} has numbers that are not finite, so nothing is "
+                "written: train with a lower --learning_rate, or export an earlier checkpoint"
+            )
     transformers.logging.disable_progress_bar()
     tokenizer = load_tokenizer(tokenizer_name)
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ids = ids_of(known, tokenizer)
+    if (ids["pad_token_id"] or 0) >= config.vocab_size:
+        note(
+            f"--save_hf {directory}: pad_token_id {ids['pad_token_id']}, of no symbol, is left out"
+        )
+        ids = {**ids, "pad_token_id": None}
     theirs = transformers.LlamaForCausalLM.from_pretrained(
         None,
-        config=transformers.LlamaConfig(**{**vars(config), **ends}),
+        config=transformers.LlamaConfig(**{**vars(config), **ids}),
         state_dict=dict(model.named_parameters()),
         dtype=dtype,
     )
     if (Path(tokenizer_name) / "generation_config.json").exists():
         theirs.generation_config = transformers.GenerationConfig.from_pretrained(tokenizer_name)
-    aside = hidden(directory) / "whole"
-    theirs.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    try:
-        aside.rename(directory)  # empty, as `check_save_hf` left it
-    except OSError as error:
-        raise UserError(f"--save_hf {directory}: {error.strerror}; all is in {aside}") from None
-    shutil.rmtree(hidden(directory))
+    theirs.save_pretrained(hidden(directory) / "whole")
+    tokenizer.save_pretrained(hidden(directory) / "whole")
 
 
 def parse_args(argv):
@@ -185,6 +244,7 @@ def parse_args(argv):
     parser = ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--checkpoint", required=True, help="or the directory of a run's")
     parser.add_argument("--save_hf", required=True, help="a directory to write")
+    parser.add_argument("--tokenizer_name", help="bytes, directory or hub id; default: the model's")
     args = parser.parse_args(argv)
     check_save_hf(args.save_hf)
     return args
@@ -193,11 +253,15 @@ def parse_args(argv):
 def main(args):
     path = find("--checkpoint", args.checkpoint)
     about = read_about("--checkpoint", path)
-    if not is_local(about["tokenizer"]):
+    config, known = SimpleNamespace(**about["model"]), about["special_tokens"]
+    check_room(args.save_hf, config, about["dtype"], copies=1)
+    tokenizer = args.tokenizer_name or tokenizer_at(path, about)
+    if not is_local(tokenizer):
         hub_is_unreachable()  # before a library that would go on asking is imported
-    config = SimpleNamespace(**about["model"])
     dtype = getattr(torch, about["dtype"])
-    export(path, about["files"], args.save_hf, config, dtype, about["tokenizer"])
+    with writing(args.save_hf):
+        export(path, about["files"], args.save_hf, config, dtype, tokenizer, known)
+    give_name(args.save_hf)
     print(f"{path} -> {args.save_hf}")
 
 

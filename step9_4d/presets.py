@@ -1,5 +1,6 @@
 """Model configurations: a table of published architectures, local directories, hub ids."""
 
+import json
 import os
 import re
 import urllib.error
@@ -20,15 +21,19 @@ LLAMA3_ROPE = {
 # name: (layers, width, heads, kv heads, intermediate, vocabulary, tied, context, rope, hub ids)
 PRESETS = {
     "debug": (8, 128, 8, 4, 384, 256, False, 2048, {}, ()),
-    "smollm-135m": (30, 576, 9, 3, 1536, 49152, True, 2048, {}, ("HuggingFaceTB/SmolLM-135M",)),
-    "smollm-360m": (32, 960, 15, 5, 2560, 49152, True, 2048, {}, ("HuggingFaceTB/SmolLM-360M",)),
-    "smollm-1.7b": (24, 2048, 32, 32, 8192, 49152, True, 2048, {}, ("HuggingFaceTB/SmolLM-1.7B",)),
+    "smollm-135m": (30, 576, 9, 3, 1536, 49152, True, 2048, {},
+                    ("HuggingFaceTB/SmolLM-135M", "HuggingFaceTB/SmolLM-135M-Instruct")),
+    "smollm-360m": (32, 960, 15, 5, 2560, 49152, True, 2048, {},
+                    ("HuggingFaceTB/SmolLM-360M", "HuggingFaceTB/SmolLM-360M-Instruct")),
+    "smollm-1.7b": (24, 2048, 32, 32, 8192, 49152, True, 2048, {},
+                    ("HuggingFaceTB/SmolLM-1.7B", "HuggingFaceTB/SmolLM-1.7B-Instruct")),
     "tinyllama-1.1b": (22, 2048, 32, 4, 5632, 32000, False, 2048, {},
                        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "TinyLlama/TinyLlama_v1.1")),
     "llama-3.2-1b": (16, 2048, 32, 8, 8192, 128256, True, 131072, {**LLAMA3_ROPE, "factor": 32.0},
-                     ("meta-llama/Llama-3.2-1B",)),
+                     ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B-Instruct")),
     "llama-3.1-8b": (32, 4096, 32, 8, 14336, 128256, False, 131072, {**LLAMA3_ROPE, "factor": 8.0},
-                     ("meta-llama/Llama-3.1-8B", "meta-llama/Meta-Llama-3.1-8B")),
+                     ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct",
+                      "meta-llama/Meta-Llama-3.1-8B", "meta-llama/Meta-Llama-3.1-8B-Instruct")),
 }  # fmt: skip
 
 
@@ -91,36 +96,99 @@ def hub_is_unreachable():
     return os.environ.get("HF_HUB_OFFLINE") == "1"
 
 
-def from_transformers(name):
-    """Read the `config.json` of a directory or a hub id through transformers."""
+def from_transformers(name, flag="--model_name"):
+    """Read the `config.json` of a directory or a hub id, which a flag names, by transformers.
+
+    The end tokens of its `generation_config.json` are added to the configuration's.
+    """
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise UserError(f"--model_name {name}: the directory has no config.json")
+        raise UserError(f"{flag} {name}: the directory has no config.json")
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(name)
+        ends = as_list(config.eos_token_id) + ends_for_generating(name)
     except Exception as error:
-        raise UserError(f"--model_name {name}: {in_one_line(error)} (or name a preset)") from None
-    unsupported = [
-        f"{field} {getattr(config, field, None)}"
-        for field, known in [
-            ("model_type", ("llama",)),
-            ("hidden_act", ("silu",)),
-            ("attention_bias", (False,)),
-            ("mlp_bias", (False,)),
-        ]
-        if getattr(config, field, None) not in known
-    ]
-    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    if rope_type not in ("default", "llama3"):
-        unsupported.append(f"rope_type {rope_type}")
-    if unsupported:
-        raise UserError(f"--model_name {name}: not a Llama of this model.py: {unsupported}")
+        raise UserError(f"{flag} {name}: {in_one_line(error)} (or name a preset)") from None
+    ends = list(dict.fromkeys(ends))
+    config.eos_token_id = ends if len(ends) > 1 else ends[0] if ends else None
+    if reason := foreign_part(config):
+        raise UserError(
+            f"{flag} {name}: not a Llama of this model.py: {reason}; name a Llama or a preset"
+        )
     return config
 
 
-def override(config, args):
-    """Put the shape flags that were given into config and check that the shapes fit together."""
+def ends_for_generating(name):
+    """The end tokens, a list, of the `generation_config.json` of a directory or a hub id."""
+    from transformers.utils import cached_file
+
+    try:
+        file = cached_file(name, "generation_config.json")
+    except OSError:
+        return []  # there is none
+    return as_list(json.loads(Path(file).read_text()).get("eos_token_id"))
+
+
+def as_list(ids):
+    """Ids as a list, as a configuration has them: none, one, or a list."""
+    return [] if ids is None else ids if isinstance(ids, list) else [ids]
+
+
+def special_tokens(config):
+    """The ids of begin, end (one or a list) and padding; None where a configuration has none."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: getattr(config, name, None) for name in names}
+
+
+def ids_of(known, tokenizer):
+    """The special tokens of a model that is used with a tokenizer, as from `special_tokens`.
+
+    They are those known of the model, if the tokenizer's end is among them. Else the tokenizer is
+    not the one that they are ids of, and its own count. known: None where nothing is.
+    """
+    own = special_tokens(tokenizer)
+    return known if known and own["eos_token_id"] in as_list(known["eos_token_id"]) else own
+
+
+def foreign_part(config):
+    """What a configuration has that model.py has not, in words; None for a Llama."""
+    kind = config.model_type
+    if kind == "qwen2":
+        return "a qwen2 model, whose attention has biases (of q, k and v)"
+    if kind == "mistral" and config.sliding_window is not None:
+        return f"a mistral model, whose attention sees the last {config.sliding_window} tokens only"
+    if kind != "llama":
+        return f"a {kind} model"
+    if config.hidden_act != "silu":
+        return f"its MLP has the activation {config.hidden_act}, not silu"
+    if config.attention_bias:
+        return "its attention has biases (attention_bias)"
+    if config.mlp_bias:
+        return "its MLP has biases (mlp_bias)"
+    rope_type = (config.rope_parameters or {}).get("rope_type")
+    if rope_type not in ("default", "llama3"):
+        return f"its rotary positions are scaled as {rope_type} (rope_type), not default or llama3"
+    return None
+
+
+def override(config, args, flag="--model_name"):
+    """Put the flags that were given into config and check that the shapes fit together.
+
+    What the flags leave as it is, though it may be meant otherwise, is said.
+    """
+    if args.hidden_size not in (None, config.hidden_size) and args.intermediate_size is None:
+        note(
+            f"--hidden_size {args.hidden_size} without --intermediate_size: the latter stays at "
+            f"{config.intermediate_size}, made for a width of {config.hidden_size}"
+        )
+    longest = config.max_position_embeddings
+    if args.seq_len > longest:
+        note(
+            f"--seq_len {args.seq_len}: longer than the model's max_position_embeddings {longest}, "
+            f"which becomes {args.seq_len}"
+        )
+        config.max_position_embeddings = args.seq_len
     for field in (
         "num_hidden_layers",
         "num_attention_heads",
@@ -132,7 +200,7 @@ def override(config, args):
         if getattr(args, field) is not None:
             setattr(config, field, getattr(args, field))
         if getattr(config, field) < 1:
-            raise UserError(f"--model_name {args.model_name}: its {field} is below 1")
+            raise UserError(f"{flag} {args.model_name}: its {field} is below 1")
     if args.tie_word_embeddings != "config":
         config.tie_word_embeddings = args.tie_word_embeddings == "yes"
     heads, kv_heads, width = (

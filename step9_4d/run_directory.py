@@ -22,7 +22,10 @@ from corpus import load_tokenizer
 from errors import UserError, in_one_line, note
 
 NAME, HIDDEN = re.compile(r"step_\d{8}"), re.compile(r"\.step_\d{8}-[0-9a-f]{8}")
-KEYS = {"step", "run", "flags", "model", "tokenizer", "dtype", "data", "files", "others"}
+KEYS = {
+    *("step", "run", "flags", "tokenizer", "special_tokens", "dtype", "model", "data"),
+    *("files", "others"),
+}
 
 
 def name_of(step):
@@ -201,6 +204,9 @@ def tokenizer_files(name):
         return {}
     with tempfile.TemporaryDirectory() as folder:
         load_tokenizer(name).save_pretrained(folder)
+        defaults = Path(name) / "generation_config.json"  # an export hands them on
+        if defaults.exists():
+            shutil.copy(defaults, folder)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 

@@ -151,6 +151,7 @@ def test_wrong_calls_of_the_model_as_launched(step_dir, folder, subtests):
 @pytest.mark.steps(1, 1)
 def test_a_hub_id_of_a_preset_needs_no_hub(step_dir):
     flags = "--model_name HuggingFaceTB/SmolLM-135M --hidden_size 18 --num_hidden_layers 1"
+    flags += " --intermediate_size 48"
     flags += " --seq_len 8 --max_tokens 1"
     if step_number(step_dir) > 2:
         flags += " --dataset_name random"

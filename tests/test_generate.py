@@ -1,5 +1,7 @@
 """generate.py: the cache changes nothing, tp changes nothing, transformers says the same."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,8 @@ import trainer_workers
 import workers
 from launch import launch, ranks_of
 from test_huggingface import theirs
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from transformers import PreTrainedTokenizerFast
 
 pytestmark = pytest.mark.steps(9)
 PROMPT = [5, 250, 3, 3, 77, 256, 0]
@@ -47,14 +51,16 @@ def test_nothing_follows_the_end_token(step_dir, worlds, model):
     argv = f"--load_hf {model[0]} --dtype float64 --max_new_tokens 30 --seed {2**64}"
     run = worlds(step_dir, 1).run
     (tokens,) = run(trainer_workers.generated, argv, PROMPT)
-    end = tokens[7]
-    (found,) = run(trainer_workers.generated, argv, PROMPT, True, end)
+    end, other = tokens[7], tokens[3]
+    (found,) = run(trainer_workers.generated, argv, PROMPT, True, [end])
     assert found == tokens[: tokens.index(end) + 1]
-    (found,) = run(trainer_workers.generated, argv, [end], True, end)
+    (found,) = run(trainer_workers.generated, argv, PROMPT, True, [end, other])
+    assert found == tokens[: min(tokens.index(end), tokens.index(other)) + 1]
+    (found,) = run(trainer_workers.generated, argv, [end], True, [end])
     assert found and end not in found[:-1]
 
 
-def test_temperature_and_top_k(step_dir, worlds):
+def test_temperature_top_k_and_top_p(step_dir, worlds):
     logits = np.log([0.1, 0.2, 0.3, 0.4])
     run = worlds(step_dir, 1).run
     (plain,) = run(trainer_workers.drawn, logits, 1.0, 0, 20_000)
@@ -63,8 +69,14 @@ def test_temperature_and_top_k(step_dir, worlds):
     assert cold == pytest.approx(np.array([1, 4, 9, 16]) / 30, abs=0.02)
     (two,) = run(trainer_workers.drawn, logits, 1.0, 2, 20_000)
     assert two == pytest.approx([0, 0, 3 / 7, 4 / 7], abs=0.02)
-    for temperature, top_k in ((0.0, 0), (1.0, 1), (1e-310, 0)):
-        (best,) = run(trainer_workers.drawn, logits, temperature, top_k, 100)
+    # The fewest of the likeliest that come to top_p: 0.4 + 0.3 do to 0.65, 0.4 alone to 0.35.
+    for top_k, top_p, kept in ((0, 0.65, 2), (0, 0.75, 3), (3, 0.85, 3), (2, 0.55, 1)):
+        (nucleus,) = run(trainer_workers.drawn, logits, 1.0, top_k, 5_000, top_p)
+        few = np.where(np.arange(4) < 4 - kept, 0, np.exp(logits))
+        assert nucleus == pytest.approx(few / few.sum(), abs=0.02)
+        assert (nucleus > 0).sum() == kept
+    for temperature, top_k, top_p in ((0.0, 0, 1.0), (1.0, 1, 1.0), (1e-310, 0, 1.0), (1, 0, 0.35)):
+        (best,) = run(trainer_workers.drawn, logits, temperature, top_k, 100, top_p)
         assert best == pytest.approx([0, 0, 0, 1])
 
 
@@ -74,6 +86,8 @@ def test_temperature_and_top_k(step_dir, worlds):
         ("", "--checkpoint --load_hf"),
         ("--checkpoint /no/such/place", "no checkpoint"),
         ("--load_hf {hf} --tp_size 3", "heads 8"),
+        ("--load_hf {hf} --top_p 0", "'0' is not a number above 0 and at most 1"),
+        ("--load_hf {hf} --top_p 1.5", "--top_p: '1.5' is not a number above 0 and at most 1"),
         ("--load_hf {hf} --prompt \udcff", "--prompt '\\udcff': bytes that are no UTF-8"),
     ],
 )
@@ -91,3 +105,86 @@ def test_a_wrong_call_as_launched(step_dir, model, tmp_path):
     assert result.code != 0
     assert result.errors[0].startswith("error: --tokenizer_name")
     assert result.errors[0].count("\n") == 1
+
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+PIECES = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<|eot|>",
+    *BYTES,
+    "▁",
+    "def",
+    "▁def",
+    "x",
+    "▁x",
+    ",",
+    *"def",
+    "de",
+]
+ID = {piece: index for index, piece in enumerate(PIECES)}
+
+
+def llama2_tokenizer(path, template="<s> $A"):
+    """Save a tokenizer made as Llama 2's is: a mark stands for a space, and one is put first."""
+    merges = [("d", "e"), ("de", "f"), ("▁", "def"), ("▁", "x")]
+    made = Tokenizer(models.BPE(vocab=ID, merges=merges, unk_token="<unk>", byte_fallback=True))
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+         decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    special = [("<s>", 1), ("</s>", 2)]
+    made.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|eot|>"]})
+    fast.save_pretrained(path)
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>", "$A </s>"])
+def test_the_space_after_the_prompt_and_ends_that_a_tokenizer_adds(
+    step_dir, worlds, tmp_path, template
+):
+    llama2_tokenizer(tmp_path, template)
+    begin = [ID["<s>"]] if "<s>" in template else []
+    x, ends = ID["▁x"], [ID["</s>"], ID["<|eot|>"]]
+    cases = {  # prompt: (its symbols, new ones, their text)
+        "def": ([ID["▁def"]], [x, ID["x"], ID["</s>"]], " xx"),
+        "def x": ([ID["▁def"], x], [x, x], " x x"),
+        "def ": ([ID["▁def"], ID["▁"]], [ID["x"]], "x"),
+        "x ü": ([x, ID["▁"], ID["<0xC3>"], ID["<0xBC>"]], [ID[","], x], ", x"),
+        "x": ([x], [ID["<0xC3>"], ID["<0xBC>"]], "ü"),
+        "x<|eot|>": ([x, ID["<|eot|>"]], [x], " x"),  # which the text itself ends with
+    }
+    calls = [(prompt, new) for prompt, (_, new, _) in cases.items()]
+    (found,) = worlds(step_dir, 1).run(trainer_workers.continued, str(tmp_path), calls, ends)
+    for prompt, (symbols, text) in zip(cases, found, strict=True):
+        assert symbols == begin + cases[prompt][0], prompt
+        assert text == cases[prompt][2], prompt
+    ((empty, text),) = worlds(step_dir, 1).run(
+        trainer_workers.continued, str(tmp_path), [("", [x])], ends
+    )[0]
+    assert empty == (begin or [ID["</s>"]]) and text == "x"
+
+
+def test_as_launched_any_end_stops_an_ascii_terminal_works_and_a_long_text_is_named(
+    step_dir, worlds, tmp_path
+):
+    theirs(tmp_path, initializer_range=0.2, vocab=len(PIECES), eos_token_id=2)
+    llama2_tokenizer(tmp_path)
+    argv = f"--load_hf {tmp_path} --temperature 0 --max_new_tokens 70 --prompt xü"
+    run = worlds(step_dir, 1).run
+    prompt = [ID[piece] for piece in ("<s>", "▁x", "<0xC3>", "<0xBC>")]
+    (tokens,) = run(trainer_workers.generated, argv, prompt)
+    end = next(token for token in tokens[4:] if token not in tokens[:4])
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}))
+    new = tokens[: tokens.index(end) + 1]
+    (((_, text),),) = run(trainer_workers.continued, str(tmp_path), [("xü", new)], [2, end])
+    result = launch(step_dir, argv, script="generate.py", PYTHONIOENCODING="ascii")
+    assert (result.code, result.errors) == (0, [""])
+    said, text_there = result.out.split("\n", 1)
+    assert said.startswith("note: --prompt of 4 tokens with --max_new_tokens 70") and "64" in said
+    assert text_there == f"xü{text}\n".encode("ascii", "backslashreplace").decode()

@@ -23,11 +23,11 @@ ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_facto
         "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
 
 
-def theirs(path, tied=False, dtype=torch.float64, shard="10GB", **fields):
+def theirs(path, tied=False, dtype=torch.float64, shard="10GB", vocab=257, **fields):
     """A directory with a random model of transformers; returns the model in float64."""
     torch.manual_seed(1)
     shape = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64}
-    config = workers.tiny_config(tie_word_embeddings=tied, vocab_size=257, **shape, **fields)
+    config = workers.tiny_config(tie_word_embeddings=tied, vocab_size=vocab, **shape, **fields)
     model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa").to(dtype)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -114,6 +114,12 @@ def with_spare(path):
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
 
 
+def listed(path, content):
+    """The files of an index, which counts where there is no single file."""
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors.index.json").write_text(content)
+
+
 def truncated(path):
     content = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(content[: len(content) // 2])
@@ -127,10 +133,10 @@ def truncated(path):
         (truncated, "safetensors"),
         (lambda path: without(path, "model.norm.weight"), "model.norm.weight is missing"),
         (with_spare, "q_proj.bias"),
-        (lambda path: (path / "model.safetensors.index.json").write_text("{"), "safetensors"),
+        (lambda path: listed(path, "{"), "safetensors"),
         (
-            lambda path: (path / "model.safetensors.index.json").write_text(
-                json.dumps({"weight_map": {"model.norm.weight": "gone.safetensors"}})
+            lambda path: listed(
+                path, json.dumps({"weight_map": {"model.norm.weight": "gone.safetensors"}})
             ),
             "gone.safetensors",
         ),
@@ -155,7 +161,7 @@ def test_a_name_that_is_taken_meanwhile_loses_no_model(step_dir, tmp_path):
     argv = "--num_hidden_layers 1 --dataset_name random --seq_len 16 --max_tokens 64 "
     result = launch(step_dir, argv + f"--checkpoint_dir {out} --save_hf {out}")
     (said,) = result.errors[0].splitlines()
-    whole = tmp_path / ".out" / "whole"
+    whole = tmp_path / ".out.export" / "whole"
     assert result.code != 0 and said.startswith(f"error: --save_hf {out}") and f"{whole}" in said
     assert AutoModelForCausalLM.from_pretrained(whole).num_parameters() > 0
 

@@ -1,10 +1,15 @@
 """Functions that the tests of checkpoints and of Hugging Face directories run inside a `World`."""
 
+import contextlib
+import io
 import itertools
 import math
 import os
+import shutil
 import signal
+from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -109,7 +114,7 @@ def reading(argv, tokens):
         return state.model(tokens[:, :-1], tokens[:, 1:], positions).item()
 
 
-def generated(argv, prompt, cached=True, end=None):
+def generated(argv, prompt, cached=True, ends=()):
     """Symbols that `generate.py` adds to a prompt, a list; without the cache if asked."""
     import generate
     import process_group as pg
@@ -120,7 +125,7 @@ def generated(argv, prompt, cached=True, end=None):
     group = pg.Mesh(args.tp_size).group("tp")
     model = generate.load(args, device, group)
     if cached:
-        return generate.generate(model, group, prompt, args, end)
+        return generate.generate(model, group, prompt, args, ends)
     tokens = list(prompt)
     for layer in model.model.layers.values():
         assert layer.self_attn.attention is causal_attention
@@ -132,13 +137,13 @@ def generated(argv, prompt, cached=True, end=None):
     return tokens[len(prompt) :]
 
 
-def drawn(logits, temperature, top_k, count):
+def drawn(logits, temperature, top_k, count, top_p=1.0):
     """How often each symbol is drawn."""
     from generate import sample
 
     generator = torch.Generator().manual_seed(0)
     logits = torch.tensor(logits, dtype=torch.float64)
-    found = [sample(logits, temperature, top_k, generator) for _ in range(count)]
+    found = [sample(logits, temperature, top_k, top_p, generator) for _ in range(count)]
     return np.bincount(found, minlength=len(logits)) / count
 
 
@@ -163,3 +168,122 @@ def lines_kept(argv, content, step):
     metrics.close()
     with open(args.metrics_file) as file:
         return file.read()
+
+
+def configured(argvs):
+    """(model's name, fields of its configuration, lines printed) of each of several calls, with no
+    hub to be reached.
+    """
+    import presets
+    import train
+
+    found = []
+    for argv in argvs:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), patch.object(presets, "hub_is_unreachable") as hub:
+            hub.return_value = True
+            args = train.parse_args(argv.split())
+        fields = ("intermediate_size", "max_position_embeddings")
+        config = {name: getattr(args.config, name) for name in fields}
+        found.append((args.model_name, config, said.getvalue().splitlines()))
+    return found
+
+
+def continued(name, cases, ends):
+    """(symbols of the prompt, text after it) for cases of (prompt, new symbols), by a tokenizer."""
+    from corpus import load_tokenizer
+    from generate import decode, encode
+
+    tokenizer = load_tokenizer(name)
+    found = []
+    for text, new in cases:
+        prompt = encode(tokenizer, text, ends)
+        found.append((prompt, decode(tokenizer, prompt, new)))
+    return found
+
+
+def spoiled_export(argv, spoiled):
+    """What each of several exports says in which other weights are spoiled: {name: number}."""
+    import errors
+    import huggingface
+
+    state = workers.build(argv)
+    said = []
+    for numbers in spoiled:
+        for parameter in state.parameters:
+            number = numbers.get(parameter.global_name, 0.0)
+            parameter.detach().view(-1)[-1:] = number
+        try:
+            huggingface.save_hf(state, state.args.save_hf)
+        except errors.UserError as error:
+            said.append(str(error))
+    return said
+
+
+def full_disk_export(argv, frees, disk, enough=True):
+    """Exports at the end of a run, of whose disk only so many bytes are still free.
+
+    Returns for each (what it says, what is on the disk beside the filler); then, if enough is
+    wanted, the same without a filler.
+    """
+    import checkpoint
+    import errors
+    import huggingface
+
+    state = workers.build(argv)
+    if state.args.checkpoint_dir:
+        state.step = state.args.total_steps
+        checkpoint.save_if_due(state)
+    found = []
+    for free in [*frees, None] if enough else frees:
+        if free is not None and state.mesh.rank == 0:
+            shutil.rmtree(huggingface.hidden(state.args.save_hf), ignore_errors=True)
+            size = shutil.disk_usage(disk).free - free
+            with open(f"{disk}/filler", "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+        torch.distributed.barrier()
+        said = None
+        try:
+            huggingface.save_hf(state, state.args.save_hf)
+        except errors.UserError as error:
+            said = str(error)
+        torch.distributed.barrier()
+        there = sorted(str(path.relative_to(disk)) for path in Path(disk).rglob("*"))
+        found.append((said, [name for name in there if name != "filler"]))
+        torch.distributed.barrier()
+        if free is not None and state.mesh.rank == 0:
+            os.remove(f"{disk}/filler")
+    return found
+
+
+def exported(argv, special_tokens=None):
+    """Run `huggingface.py`; with the special tokens that a checkpoint may say."""
+    import huggingface
+
+    args = huggingface.parse_args(argv.split())
+    about = huggingface.read_about("--checkpoint", huggingface.find("", args.checkpoint))
+    about |= {"special_tokens": special_tokens} if special_tokens else {}
+    with patch.object(huggingface, "read_about", lambda *_: about):
+        huggingface.main(args)
+
+
+def tokenizer_for_generating(argv):
+    """The name of the tokenizer that `generate.py` will open."""
+    import generate
+
+    return generate.parse_args(argv.split()).tokenizer_name
+
+
+def without_packages(name):
+    """What is said of a tokenizer where what reads sentencepiece files is not installed."""
+    import sys
+
+    import corpus
+    import errors
+
+    missing = dict.fromkeys(["sentencepiece", "google", "google.protobuf", "tiktoken"])
+    with patch.dict(sys.modules, missing):
+        try:
+            corpus.load_tokenizer(name)
+        except errors.UserError as error:
+            return str(error)
