@@ -37,6 +37,8 @@ MAY_CHANGE = (
 class NotSaved(UserError):
     """A checkpoint could not be written; what is there is whole, and a later one may succeed."""
 
+    on_all_ranks = True
+
 
 def model_fields(config):
     """What makes a model's shape, {name: value}."""
@@ -166,10 +168,9 @@ def save(state):
     dist.barrier()  # no survivor of a dead rank goes any further
     tensors = tensors_of(state.parameters, state.optimizer)
     if not all(pg.from_all(state.mesh.world, lambda: all_finite(tensors))):
-        raise UserError(
-            f"the weights are not finite after step {state.step}, which is not saved: lower "
-            f"--learning_rate {args.learning_rate}{last_good(args)}"
-        )
+        why = f"the weights are not finite after step {state.step}, which is not saved: lower "
+        why += f"--learning_rate {args.learning_rate}{last_good(args)}"
+        raise pg.on_all_ranks(UserError(why))
     aside = directory / on_first(state, lambda: run_directory.begin(directory, state.step))
     try:
         if not all(pg.from_all(state.mesh.world, aside.is_dir)):

@@ -14,6 +14,8 @@ RANK = int(os.environ.get("RANK") or 0)
 class UserError(Exception):
     """Its text names the flag, the values and the remedy."""
 
+    on_all_ranks = False  # whether each of them raises it, so that the first one speaks for all
+
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, but a wrong flag is a `UserError` like any other wrong call."""
@@ -48,6 +50,8 @@ def stop(error):
     if RANK > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # no longer the wish to save and stop
         time.sleep(10)  # the launcher ends this rank here if the first one has spoken
+        if error.on_all_ranks:
+            os._exit(2)
     sys.stdout.flush()
     print(f"error: {error}", file=sys.stderr, flush=True)
     os._exit(2)

@@ -242,7 +242,7 @@ def from_first(group, make):
     if group.size > 1:
         dist.broadcast_object_list(result, src=group.ranks[0], group=group.handle)
     if result[1] is not None:
-        raise result[1]
+        raise on_all_ranks(result[1])
     return result[0]
 
 
@@ -262,8 +262,14 @@ def from_all(group, make):
         dist.all_gather_object(found, own, group=group.handle)
     for _, error in found:
         if error is not None:
-            raise error
+            raise on_all_ranks(error)
     return [result for result, _ in found]
+
+
+def on_all_ranks(error):
+    """The same error, marked as one that all ranks raise."""
+    error.on_all_ranks = True
+    return error
 
 
 def max_over_ranks(numbers, world, device):

@@ -577,7 +577,7 @@ def die_in_a_step(train):
 if __name__ == "__main__":
     name, script, *argv = sys.argv[1:]
     sys.path[0] = str(Path(script).resolve().parent)
+    sys.argv = [script, *argv]
     train = importlib.import_module("train")
     globals()[name](train)
-    sys.argv = [script, *argv]
     importlib.import_module("errors").run(train.main, train.parse_args)

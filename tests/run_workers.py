@@ -256,3 +256,26 @@ def make_room(state):
     path, step = ROOM
     if state.step == step:
         os.unlink(path)
+
+
+def newest_whole(directory):
+    """The step of the newest sound checkpoint, all of whose numbers were read; None without one."""
+    import errors
+    import resharding
+    import run_directory
+
+    try:
+        path, about = run_directory.newest_sound("--resume", run_directory.checkpoints(directory))
+    except errors.UserError as error:
+        raise AssertionError("no checkpoint is whole") from error
+    if path is None:
+        return None
+    tensors = resharding.Tensors()
+    for name, file in about["files"].items():
+        with resharding.safe_open(path / name, "pt") as stored:
+            for key in file["parts"]:
+                name, place = resharding.place_of(key)
+                tensors.setdefault(name, {})[place] = torch.empty_like(stored.get_tensor(key))
+    resharding.read_tensors(tensors, path, about["files"])
+    assert resharding.all_finite(tensors)
+    return about["step"]
