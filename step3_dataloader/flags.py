@@ -3,7 +3,6 @@
 import torch
 
 import process_group as pg
-from corpus import local_files
 from errors import (
     ArgumentParser,
     UserError,
@@ -13,6 +12,7 @@ from errors import (
     positive_float,
     positive_int,
 )
+from files import local_files
 from presets import load_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
