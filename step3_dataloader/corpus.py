@@ -24,7 +24,14 @@ from errors import UserError, in_one_line, note
 from files import local_files, shown
 from presets import PRESETS, hub_is_unreachable
 from texts import open_texts, slices
-from token_cache import FILES, cache_folder, read_about, room_for, write_tokens
+from token_cache import (
+    FILES,
+    cache_folder,
+    place_for_libraries,
+    read_about,
+    room_for,
+    write_tokens,
+)
 
 FORMAT = 2  # of the cache: another number makes all texts be tokenised anew
 BATCH = 2**18  # characters to tokenise at a time
@@ -72,6 +79,7 @@ def tokenised(args):
     folder = cache_folder() / key(args, files, tokenizer_name)
     about = read_about(folder)
     if about is None:
+        place_for_libraries()
         if files.kind == "hub" or not (tokenizer_name == "bytes" or Path(tokenizer_name).is_dir()):
             hub_is_unreachable()  # before the libraries that would go on asking are imported
         about = {"dataset": args.dataset_name, "tokenizer": tokenizer_name}
@@ -146,7 +154,7 @@ def byte_tokenizer():
 
 
 def tokenise(parts, tokenizer, num_proc, folder):
-    """Write the tokens of one or two `Texts` into a folder; returns what about.json says of them."""
+    """Write the tokens of a pair of `Texts` into a folder; returns what about.json says of them."""
     from tqdm import tqdm
 
     small = max(tokenizer.get_vocab().values()) < 2**16
@@ -186,6 +194,7 @@ def encoder(tokenizer):
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
     return lambda texts: [
         found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)
     ]
@@ -216,7 +225,8 @@ def in_processes(count, function, batches):
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise UserError(
-                f"--num_proc {count}: a process was killed; for its memory? lower it"
+                f"--num_proc {count}: one of these processes was killed, as happens where memory "
+                "runs out; lower it"
             ) from None
 
 

@@ -6,6 +6,7 @@ can name the file and the place, and only the text column is looked at.
 
 import bz2
 import codecs
+import errno
 import gzip
 import io
 import json
@@ -155,7 +156,7 @@ def read_json(stream, place, column):
     for number, row in enumerate(json_values(stream, place)):
         if not isinstance(row, dict):
             raise ValueError(f"no object but {row!r:.40}")
-        first = first or row
+        first = row if first is None else first
         found = found or column in row
         if not found and number == LOOKED_AT:
             break
@@ -165,12 +166,13 @@ def read_json(stream, place, column):
         text = text or ""
         text.encode()  # raises for half a letter, "\\ud800"
         yield text, True
-    if first and not found:
+    if first is not None and not found:
+        place.clear()  # it is the whole file
         raise NoText(f"the columns are {[*first]}")
 
 
 def json_values(stream, place):
-    """The values of a file of JSON lines, or of one that is a list; keeps the number of the line."""
+    """The values in a file of JSON lines, or in one that is a list."""
 
     def parse(text):
         try:
@@ -189,8 +191,8 @@ def json_values(stream, place):
             continue
         place["line"] = number
         if not begun and (line[:1] == b"[" or line == b"{"):  # one value over all lines
-            value = parse(line + b"\n" + stream.read())
-            for index, value in enumerate(value if isinstance(value, list) else [value]):
+            whole = parse(line + b"\n" + stream.read())
+            for index, value in enumerate(whole if isinstance(whole, list) else [whole]):
                 place["object"] = index + 1
                 yield value
             return
@@ -246,9 +248,10 @@ def open_dataset(args, kind):
         else:
             found = datasets.load_dataset(args.dataset_name, args.dataset_config)
     except Exception as error:
-        raise UserError(
-            f"--dataset_name {name}: {in_one_line(error)} (mend it, or name a local file)"
-        ) from None
+        said, remedy = in_one_line(error), "mend it, or name a local file"
+        if os.strerror(errno.ENOSPC) in said:
+            remedy = "set HF_HOME to a folder with room"
+        raise UserError(f"--dataset_name {name}: {said} ({remedy})") from None
     validation, notes = None, []
     if isinstance(found, datasets.DatasetDict):
         if not found:

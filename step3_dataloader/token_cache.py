@@ -33,6 +33,17 @@ def cache_folder():
     return Path(caches) / "four-d-from-scratch"
 
 
+def place_for_libraries():
+    """Give Hugging Face's libraries a folder where there is no home: they would make one called ~.
+
+    To be called before they are imported.
+    """
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ.setdefault("HF_HOME", str(cache_folder() / "huggingface"))
+
+
 def read_about(folder):
     """What about.json says of a folder of the cache; None unless all is there that it speaks of."""
     try:

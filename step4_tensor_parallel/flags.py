@@ -3,7 +3,6 @@
 import torch
 
 import process_group as pg
-from corpus import local_files
 from errors import (
     ArgumentParser,
     UserError,
@@ -13,6 +12,7 @@ from errors import (
     positive_float,
     positive_int,
 )
+from files import local_files
 from presets import load_config
 from tensor_parallel import check_tensor_parallel
 

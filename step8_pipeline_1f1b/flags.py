@@ -4,7 +4,6 @@ import torch
 
 import process_group as pg
 from context_parallel import check_context_parallel
-from corpus import local_files
 from errors import (
     ArgumentParser,
     UserError,
@@ -14,6 +13,7 @@ from errors import (
     positive_float,
     positive_int,
 )
+from files import local_files
 from pipeline_parallel import SCHEDULES, check_pipeline_parallel
 from presets import load_config
 from tensor_parallel import check_tensor_parallel

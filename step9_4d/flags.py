@@ -6,7 +6,6 @@ import process_group as pg
 from checkpoint import check_checkpoints
 from config_file import parse_with_file
 from context_parallel import check_context_parallel
-from corpus import local_files
 from errors import (
     ArgumentParser,
     UserError,
@@ -16,6 +15,7 @@ from errors import (
     positive_float,
     positive_int,
 )
+from files import local_files
 from huggingface import load_checked_config
 from interleaved import PIPELINE_ENGINES, check_interleaved
 from pipeline_parallel import check_pipeline_parallel
