@@ -49,7 +49,8 @@ def read_about(folder):
     try:
         about = json.loads((folder / "about.json").read_text())
         for field, name in FILES.items():
-            if about[field] not in (None, len(np.load(folder / name, mmap_mode="r"))):
+            count = about[field]
+            if count is not None and count != len(np.load(folder / name, mmap_mode="r")):
                 return None
     except (OSError, EOFError, ValueError, LookupError, TypeError):
         return None

@@ -123,8 +123,8 @@ def unpack(stream, packing):
         import pyarrow
 
         return io.BufferedReader(pyarrow.CompressedInputStream(stream, "zstd"), BLOCK)
-    unpackers = {".gz": gzip.GzipFile, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}
-    return io.BufferedReader(unpackers[packing](stream), BLOCK) if packing else stream
+    openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return io.BufferedReader(openers[packing](stream), BLOCK) if packing else stream
 
 
 def read_text(stream, place, column, errors="strict"):

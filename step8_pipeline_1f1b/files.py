@@ -103,7 +103,7 @@ def files_below(top, left_out):
         if path.name.startswith(".") and path != top:
             left_out["hidden"].append(path)
         elif real in seen:
-            left_out["linked that were there already"].append(path)
+            left_out["reached twice by links"].append(path)
         elif path.is_dir():
             for child in sorted(path.iterdir(), reverse=True):
                 if child.is_symlink():
@@ -113,7 +113,7 @@ def files_below(top, left_out):
         elif path.is_file():
             files.append(path)
         else:
-            left_out["that lead to no file"].append(path)
+            left_out["with no file behind them"].append(path)
         seen.add(real)
     return sorted(files)
 
@@ -146,12 +146,14 @@ def decisions(top, train, validation, left_out):
     """What a reader has to know of how the files were chosen, as phrases."""
 
     def count(paths, what):
-        names = [shown(path.relative_to(top) if path != top else path.name) for path in paths[:3]]
+        names = [
+            shown(path.relative_to(top) if path != top else path.name) for path in sorted(paths)[:3]
+        ]
         return f"{len(paths)} {what} ({', '.join(names + ['…'] * (len(paths) > 3))})"
 
     phrases = []
     if validation or left_out["named test"] or left_out["beside train, named for no split"]:
-        phrases.append(f"trained on {count(train, 'named train')}")
+        phrases.append(f"trained on {count(train, 'files')}")
     if validation:
         phrases.append(f"held out {count(validation, 'named for validation')}")
     if any(left_out.values()):

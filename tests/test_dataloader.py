@@ -141,7 +141,7 @@ def test_the_first_rank_tokenises_once_and_the_others_wait(step_dir, tmp_path):
     size = 3 if step_number(step_dir) == 3 else 2  # replicas, or ranks of its newest axis
     with World(step_dir, size, **caches) as world:
         (first, heavy), *others = world.run(workers.tokens_of, argv + on_two(step_dir))
-        assert heavy == {"datasets", "transformers"}
+        assert heavy == {"transformers"}  # `datasets` is for the hub and for what it saved
         for tokens, heavy in others:
             assert np.array_equal(tokens, first)
             assert not heavy

@@ -568,7 +568,7 @@ def fail_on(bad_rank, how):
 
 
 def tokens_of(argv):
-    """(tokens of a data set, heavy libraries that this rank has imported for them)."""
+    """(tokens of a data set to train on, heavy libraries that this rank has imported for them)."""
     import sys
 
     import corpus
@@ -577,25 +577,25 @@ def tokens_of(argv):
 
     args = train.parse_args(argv.split())
     device = pg.init_processes("cpu")
-    tokens = corpus.load_tokens(args, pg.Mesh(dp=pg.world_size()).world, device)
-    heavy = {"datasets", "transformers"} & set(sys.modules)
+    tokens, _ = corpus.load_tokens(args, pg.Mesh(dp=pg.world_size()).world, device)
+    heavy = {"datasets", "transformers", "pyarrow"} & set(sys.modules)
     return np.array(tokens), heavy
 
 
-def data_of(argv, tokens):
-    """The batches of a run that trains on these tokens."""
+def data_of(argv, tokens, validation=None):
+    """The batches of a run that trains on these tokens, and holds out those."""
     import process_group as pg
     import train
 
     if pg.dist.is_initialized():
         pg.finish()
-    with patch.object(train, "load_tokens", lambda *_: tokens):
+    with patch.object(train, "load_tokens", lambda *_: (tokens, validation)):
         return build(argv + " --num_hidden_layers 1").data
 
 
-def batches_of(argv, tokens, steps):
+def batches_of(argv, tokens, steps, validation=None):
     """[windows of step, [batch, seq + 1]], held-out windows, and how many are for training."""
-    data = data_of(argv, tokens)
+    data = data_of(argv, tokens, validation)
 
     def windows(micro_batches):
         found = []
