@@ -114,7 +114,7 @@ def evaluate(state):
     loss = mean_loss(state, state.data.evaluation(), targets, backward=False).item()
     if not math.isfinite(loss):
         raise UserError(
-            f"held-out loss {loss} after step {state.step}: the weights are ruined; lower "
+            f"held-out loss {loss} at step {state.step}: the weights are ruined; lower "
             f"--learning_rate {state.args.learning_rate}"
         )
     return loss

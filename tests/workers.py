@@ -575,10 +575,11 @@ def tokens_of(argv):
     import process_group as pg
     import train
 
+    before = set(sys.modules)
     args = train.parse_args(argv.split())
     device = pg.init_processes("cpu")
     tokens, _ = corpus.load_tokens(args, pg.Mesh(dp=pg.world_size()).world, device)
-    heavy = {"datasets", "transformers", "pyarrow"} & set(sys.modules)
+    heavy = {"datasets", "transformers", "pyarrow"} & (set(sys.modules) - before)
     return np.array(tokens), heavy
 
 
@@ -675,6 +676,21 @@ def evaluated(argv):
     weights = {p.global_name: p.detach().numpy() for p in state.model.parameters()}
     both = torch.cat(tokens).numpy(), torch.cat(targets).numpy()
     return train.evaluate(state), weights, state.args.config, *both
+
+
+def held_out_loss_of_ruined(argv):
+    """What is said of the held-out loss when a weight is no number."""
+    import errors
+    import train
+
+    state = build(argv)
+    with torch.no_grad():
+        for parameter in state.parameters:
+            parameter.fill_(float("nan"))
+    try:
+        return f"a loss of {train.evaluate(state)}"
+    except errors.UserError as error:
+        return str(error)
 
 
 def bytes_kept_to_evaluate(argv, counts):
