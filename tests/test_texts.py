@@ -32,12 +32,12 @@ def loading(tmp_path_factory):
     """load(step_dir, *names): what `texts_workers.load` says of each data set."""
     worlds = {}
 
-    def get(step_dir, *names, flags=(), cache=None):
+    def get(step_dir, *names, flags=(), cache=None, tmp="/tmp"):
         if step_dir not in worlds:
             folder = str(tmp_path_factory.mktemp("cache"))
             worlds[step_dir] = World(step_dir, 1, XDG_CACHE_HOME=folder, HF_HOME=folder + "/hf")
         calls = [["--dataset_name", str(name), *flags] for name in names]
-        (results,) = worlds[step_dir].run(texts_workers.loaded, calls, cache)
+        (results,) = worlds[step_dir].run(texts_workers.loaded, calls, cache, str(tmp))
         return results
 
     yield get

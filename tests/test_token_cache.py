@@ -108,6 +108,27 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_whole(step_dir, load, tmp_p
             subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+def test_the_folder_for_temporary_files_may_be_full(step_dir, load, tmp_path):
+    """Nothing is written there, as the library does that was used for this."""
+    import datasets
+
+    rows = {
+        split: datasets.Dataset.from_dict({"text": [split] * 5000}) for split in ("train", "dev")
+    }
+    datasets.DatasetDict(rows).save_to_disk(tmp_path / "saved")
+    (tmp_path / "a.jsonl").write_bytes(jsonl("text") * 5000)
+    mounted(tmp_path / "disk", 64)
+    try:
+        subprocess.run(["dd", "if=/dev/zero", f"of={tmp_path}/disk/file"], capture_output=True)
+        names = tmp_path / "saved", tmp_path / "a.jsonl"
+        for flags in ([], ["--num_proc", "2"]):
+            cache = tmp_path / f"cache{len(flags)}"
+            found = load(step_dir, *names, flags=flags, cache=cache, tmp=tmp_path / "disk")
+            assert [result["error"] for result in found] == [None, None]
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path / "disk")], check=True)
+
+
 def test_a_user_without_a_home(step_dir, tmp_path):
     if os.geteuid():
         pytest.skip("only root can become a user whom nobody knows")

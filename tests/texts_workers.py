@@ -10,7 +10,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 
-def load(argv, world, cache=None):
+def load(argv, world, cache=None, tmp="/tmp"):
     """{tokens, held_out (bytes or None), about, notes, error} of one command line, a list."""
     import torch
 
@@ -21,7 +21,7 @@ def load(argv, world, cache=None):
 
     said = io.StringIO()
     result = {"tokens": None, "held_out": None, "about": None, "error": None}
-    environment = {"XDG_CACHE_HOME": str(cache)} if cache else {}
+    environment = {"TMPDIR": tmp} | ({"XDG_CACHE_HOME": str(cache)} if cache else {})
     with contextlib.redirect_stdout(said), patch.dict(os.environ, environment):
         try:
             args = train.parse_args(argv)
@@ -47,10 +47,10 @@ def the_world():
     return pg.Mesh(dp=pg.world_size()).world
 
 
-def loaded(calls, cache=None):
+def loaded(calls, *options):
     """`load` of each command line."""
     world = the_world()
-    return [load(argv, world, cache) for argv in calls]
+    return [load(argv, world, *options) for argv in calls]
 
 
 def peak_megabytes(argv, cache):
