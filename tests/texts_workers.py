@@ -150,11 +150,15 @@ def leftovers(cache, argv):
         read, write = os.pipe()
         child = os.fork()
         if not child:
-            with token_cache.room_for(folder / "never") as part:
-                (part / "tokens.npy").write_bytes(b"some")
-                os.write(write, b"x")
-                signal.pause()
-        os.read(read, 1)
+            try:
+                with token_cache.room_for(folder / "never") as part:
+                    (part / "tokens.npy").write_bytes(b"some")
+                    os.write(write, b"x")
+                    signal.pause()
+            finally:
+                os._exit(1)
+        os.close(write)
+        assert os.read(read, 1), "it did not begin"
         return child
 
     killed = begin()
@@ -179,8 +183,11 @@ def orphans(argv, cache):
     world = the_world()
     child = os.fork()
     if not child:
-        corpus.encode_batch = lambda *_, **__: time.sleep(600)
-        load(argv, world, cache)
+        try:
+            corpus.encode_batch = lambda *_, **__: time.sleep(600)
+            load(argv, world, cache)
+        finally:
+            os._exit(1)
 
     def children(of):
         try:
