@@ -67,11 +67,13 @@ def room_for(folder):
     try:
         cache.mkdir(parents=True, exist_ok=True)
         gate = lock(cache, fcntl.LOCK_EX)  # one at a time: a new folder is not locked at once
-        remove_leftovers(cache)
-        aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=cache))
-        locks = [lock(aside), gate]
         try:
-            unlock(locks.pop())
+            remove_leftovers(cache)
+            aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=cache))
+            mark = lock(aside)
+        finally:
+            unlock(gate)
+        try:
             (aside / "part").mkdir()
             yield aside / "part"
             if folder.exists() and not read_about(folder):
@@ -83,7 +85,7 @@ def room_for(folder):
                     raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-            unlock(locks.pop())
+            unlock(mark)
     except OSError as error:
         remedy = "set XDG_CACHE_HOME to a folder that can be written and has room"
         raise UserError(f"{cache}: {error.strerror}; {remedy}") from None
