@@ -22,7 +22,7 @@ from errors import UserError, in_one_line
 from files import VALIDATION, kind_of, shown
 
 BLOCK = 2**18  # bytes of a text file to read at a time
-SLICE, LONGEST_SLICE = 2**14, 2**16  # characters
+SLICE, LONGEST_SLICE = 2**12, 2**16  # characters
 WORD_ENDS = re.compile(r"\S ")
 ROWS = 100  # of a table to read at a time
 LOOKED_AT = 1000  # objects that may lack the text column before any has it

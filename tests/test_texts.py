@@ -283,7 +283,7 @@ def test_slices_do_not_change_the_tokens_of_a_tokenizer_that_splits_at_spaces(
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
     made.save_pretrained(tmp_path)
     documents = [random_text(chance, words, size) for size in (10, 3000, 70_000)]
-    sizes = [(1, 1000), (50, 2000), (2**14, 2**16)]
+    sizes = [(1, 1000), (50, 2000), (2**12, 2**16)]
     (results,) = worlds(step_dir, 1).run(
         texts_workers.cut_and_whole, str(tmp_path), documents, sizes
     )
