@@ -9,9 +9,10 @@ import hashlib
 import itertools
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from errors import UserError
+from files import shown
 
 # What one evaluation reads at most, or one batch where that is more.
 HELD_OUT_SEQUENCES, HELD_OUT_TOKENS = 256, 2**14
@@ -62,20 +63,32 @@ class Order:
 class Batches:
     """Deals the sequences of each step to micro-batches, and keeps the last 1/64 of them apart.
 
+    validation: tokens that are held out instead, where the data set has some for it.
     Raises UserError when the data set does not fill one step and its held-out part.
     """
 
-    def __init__(self, args, tokens, device):
+    def __init__(self, args, tokens, device, validation=None):
         self.device = device
         self.micro_batch_size = args.micro_batch_size
         self.micro_batches_a_step = args.gradient_accumulation_steps
         self.windows = Windows(tokens, args.seq_len)
-        held_out = max(1, len(self.windows) // 64)
-        training = len(self.windows) - held_out
+        training = len(self.windows)
+        if validation is None:
+            held_out = max(1, training // 64)
+            training -= held_out
+        else:
+            apart = Windows(validation, args.seq_len)
+            held_out, self.windows = len(apart), ConcatDataset([self.windows, apart])
+        name = f"--dataset_name {shown(args.dataset_name)}"
+        if not held_out:
+            raise UserError(
+                f"{name}: its {len(validation)} tokens for validation do not fill one sequence of "
+                f"--seq_len {args.seq_len}: lower it, or take that text away"
+            )
         batch_size = self.micro_batch_size * self.micro_batches_a_step
         if training < batch_size:
             raise UserError(
-                f"--dataset_name {args.dataset_name}: its {len(tokens)} tokens make "
+                f"{name}: its {len(tokens)} tokens make "
                 f"{max(training, 0)} training sequences of --seq_len {args.seq_len}, and a step "
                 f"takes {batch_size}, --micro_batch_size {self.micro_batch_size} x "
                 f"--gradient_accumulation_steps {self.micro_batches_a_step}: lower one of these"

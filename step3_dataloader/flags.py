@@ -6,7 +6,6 @@ import sys
 
 import torch
 
-from corpus import local_files
 from errors import (
     ArgumentParser,
     UserError,
@@ -15,6 +14,7 @@ from errors import (
     positive_float,
     positive_int,
 )
+from files import local_files
 from metrics import check_metrics_file
 from presets import load_config
 from started import check_world, world_size

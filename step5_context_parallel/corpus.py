@@ -5,37 +5,52 @@ each, times the number of ranks.
 """
 
 import hashlib
+import itertools
 import json
+import multiprocessing
 import os
-import sys
-import sysconfig
-import tempfile
+import signal
+import threading
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 import process_group as pg
-from errors import UserError, in_one_line
+from errors import UserError, in_one_line, note
+from files import local_files, shown
 from presets import PRESETS, hub_is_unreachable
+from texts import open_texts, slices
+from token_cache import (
+    FILES,
+    cache_folder,
+    place_for_libraries,
+    read_about,
+    room_for,
+    write_tokens,
+)
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "four-d-from-scratch"
-FORMAT = 1  # of the cache: another number makes all texts be tokenised anew
-LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-SAVED_TO_DISK = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves in its folder
-NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+FORMAT = 2  # of the cache: another number makes all texts be tokenised anew
+BATCH = 2**18  # characters to tokenise at a time
 
 
 def load_tokens(args, world, device):
-    """The tokens of `--dataset_name`, an array [tokens], the same on every rank.
+    """(tokens of `--dataset_name` to train on, those to hold out or None), arrays [tokens].
 
-    The first rank tokenises unless the cache has the result; the others wait and map the file.
+    The same on every rank: the first one tokenises unless the cache has the result; the others
+    wait and map the files. None: the data set names no text for validation.
     Raises UserError for a data set that is missing, unreadable or empty, and for a token id that
     the model's vocabulary does not have.
     """
     vocab_size = args.config.vocab_size
     if args.dataset_name == "random":
         size = max(2**22, 4 * args.tokens_per_step)
-        return np.random.default_rng(args.seed).integers(vocab_size, size=size, dtype=np.uint32)
+        generator = np.random.default_rng(args.seed)
+        return generator.integers(vocab_size, size=size, dtype=np.uint32), None
     folder = pg.from_first(world, lambda: tokenised(args))
     if pg.max_over_ranks([not folder.exists()], world, device):
         raise UserError(f"{folder} is not on every host: set XDG_CACHE_HOME to a shared folder")
@@ -46,46 +61,54 @@ def load_tokens(args, world, device):
             f"{about['tokenizer']} gave the id {about['largest_id']}; raise the one or change "
             "--tokenizer_name"
         )
-    return np.load(folder / "tokens.npy", mmap_mode="r")
+    return tuple(
+        None if about[field] is None else np.load(folder / name, mmap_mode="r")
+        for field, name in FILES.items()
+    )
 
 
 def tokenised(args):
-    """Folder of the cache with the data set's tokens, made if it is not there yet."""
+    """Folder of the cache with the data set's tokens, made if it is not there or not whole.
+
+    Beside them, about.json has their "sha256": the identity of what is trained on, wherever it
+    lies. It is that of both files' tokens, one after the other, as they are stored.
+    """
     files = local_files(args.dataset_name)
+    for line in files.notes:
+        note(line)
     tokenizer_name = tokenizer_of(args)
-    key = [FORMAT, args.dataset_name, args.dataset_config, args.text_column, tokenizer_name]
-    local = Path(tokenizer_name).is_dir()
-    behind = [*files, *(sorted(Path(tokenizer_name).glob("*")) if local else [])]
-    key += [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in behind]
-    folder = CACHE / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    if not folder.exists():
-        if not (files and (local or tokenizer_name == "bytes")):
+    folder = cache_folder() / key(args, files, tokenizer_name)
+    about = read_about(folder)
+    if about is None:
+        place_for_libraries()
+        if files.kind == "hub" or not (tokenizer_name == "bytes" or Path(tokenizer_name).is_dir()):
             hub_is_unreachable()  # before the libraries that would go on asking are imported
-        # Complete or absent: written aside, then renamed.
-        with room_in_cache() as aside:
+        about = {"dataset": args.dataset_name, "tokenizer": tokenizer_name}
+        with room_for(folder) as part:
             tokenizer = load_tokenizer(tokenizer_name)
-            texts = load_texts(args, files)
-            part = Path(aside) / "part"
-            part.mkdir()
-            largest = write_tokens(encode(texts, tokenizer, args), part / "tokens.npy")
-            about = {"dataset": args.dataset_name, "tokenizer": tokenizer_name}
-            (part / "about.json").write_text(json.dumps({**about, "largest_id": largest}))
-            try:
-                part.rename(folder)
-            except OSError:
-                if not folder.exists():  # else another run was quicker
-                    raise
+            *parts, about["notes"] = open_texts(args, files)
+            about |= tokenise(parts, tokenizer, args.num_proc, part)
+            (part / "about.json").write_text(json.dumps(about))
+    for line in about["notes"]:
+        note(line)
     return folder
 
 
-def room_in_cache():
-    """A new folder in the cache, there while it is a context; raises UserError."""
-    try:
-        CACHE.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=CACHE)
-    except OSError as error:
-        remedy = "set XDG_CACHE_HOME to a folder that can be written"
-        raise UserError(f"{CACHE}: {error.strerror}; {remedy}") from None
+def key(args, files, tokenizer_name):
+    """A name for what is tokenised: another one when a text or the tokenizer may have changed."""
+    tokenizer = Path(tokenizer_name)
+    parts = [files.train, files.validation]
+    parts.append(sorted(tokenizer.glob("*")) if tokenizer.is_dir() else [])
+    found = [FORMAT, args.dataset_name, args.dataset_config, args.text_column, tokenizer_name]
+    for part in parts:
+        try:
+            states = [(file, file.stat()) for file in part]
+        except OSError as error:
+            raise UserError(f"{shown(error.filename)}: {error.strerror}") from None
+        found.append(
+            [(str(f.absolute()), str(f.resolve()), s.st_size, s.st_mtime_ns) for f, s in states]
+        )
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
 
 def tokenizer_of(args):
@@ -94,77 +117,11 @@ def tokenizer_of(args):
     return args.tokenizer_name or own
 
 
-def local_files(name):
-    """The files behind a data set's name, in order; none for a name on the hub.
-
-    Raises UserError for what looks like a path and is not there, or holds no text.
-    """
-    if name == "python-stdlib":
-        return library_files()
-    path = Path(name).expanduser()
-    if any((path / marker).exists() for marker in SAVED_TO_DISK):
-        return sorted(file for file in path.rglob("*") if file.is_file())
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-    known = [file for file in files if file.suffix in LOADERS]
-    if len({LOADERS[file.suffix] for file in known}) > 1:
-        raise UserError(f"--dataset_name {name}: texts, JSON and parquet together; name one kind")
-    if path.exists() and not known:
-        raise UserError(f"--dataset_name {name}: no file with one of the endings {[*LOADERS]}")
-    if not path.exists() and (path.suffix in LOADERS or name.count("/") > 1 or name[0] in "./~"):
-        raise UserError(f"--dataset_name {name}: there is no such file or directory")
-    return known
-
-
-def library_files():
-    """The source files of the running interpreter's standard library, in order."""
-    files = []
-    for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
-        folders[:] = set(folders) - NOT_LIBRARY  # walk into the others only
-        files += [Path(folder) / name for name in names if name.endswith(".py")]
-    return sorted(files)
-
-
-def load_texts(args, files):
-    """The data set as `datasets.Dataset` with the texts in `--text_column`."""
-    name, path = args.dataset_name, Path(args.dataset_name).expanduser()
-    import datasets
-
-    datasets.disable_caching()  # of intermediate results; ours is the one that is kept
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is ours to say
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    try:
-        if name == "python-stdlib":
-            texts = [file.read_text(encoding="utf-8", errors="ignore") for file in files]
-            return datasets.Dataset.from_dict({args.text_column: texts})
-        if any((path / marker).exists() for marker in SAVED_TO_DISK):
-            found = datasets.load_from_disk(str(path))
-        elif files:
-            kind = LOADERS[files[0].suffix]
-            whole = {"sample_by": "document"} if kind == "text" else {}
-            found = datasets.load_dataset(kind, data_files=[*map(str, files)], **whole)
-        else:
-            found = datasets.load_dataset(name, args.dataset_config)
-    except Exception as error:
-        raise UserError(
-            f"--dataset_name {name}: {in_one_line(error)} (mend it, or name a local file)"
-        ) from None
-    if isinstance(found, datasets.DatasetDict):
-        found = found["train"] if "train" in found else next(iter(found.values()))
-    if args.text_column not in found.column_names:
-        raise UserError(
-            f"--text_column {args.text_column}: {name} has the columns {found.column_names}"
-        )
-    kind = getattr(found.features[args.text_column], "dtype", "nested")
-    if kind not in ("string", "large_string", "null"):
-        raise UserError(f"--text_column {args.text_column}: {name} has no text there but {kind}")
-    return found
-
-
 def load_tokenizer(name):
     """A `transformers` tokenizer: `bytes`, a directory, or a hub id."""
     if name == "bytes":
         return byte_tokenizer()
+    check_packages(name)
     from transformers import AutoTokenizer
 
     try:
@@ -176,6 +133,21 @@ def load_tokenizer(name):
     if tokenizer.eos_token_id is None:
         raise UserError(f"--tokenizer_name {name}: it has no end token to put between documents")
     return tokenizer
+
+
+def check_packages(name):
+    """Raise UserError for a directory with a bare `tokenizer.model` that no package here reads."""
+    if [file.name for file in Path(name).glob("tokenizer.*")] != ["tokenizer.model"]:
+        return  # a tokenizer.json, or a name on the hub
+    with open(Path(name) / "tokenizer.model", "rb") as file:
+        sentencepiece = file.read(1) == b"\n"  # else lines of text, as Llama 3's
+    modules = {"sentencepiece": "sentencepiece", "protobuf": "google"}
+    modules = modules if sentencepiece else {"tiktoken": "tiktoken"}
+    missing = [package for package, module in modules.items() if find_spec(module) is None]
+    if missing:
+        raise UserError(
+            f"--tokenizer_name {name}: to read its tokenizer.model, pip install {' '.join(missing)}"
+        )
 
 
 def byte_tokenizer():
@@ -198,41 +170,92 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="\0")
 
 
-def encode(texts, tokenizer, args):
-    """Tokenise every document and end it with the end token; a chunked Arrow array of lists."""
+def tokenise(parts, tokenizer, num_proc, folder):
+    """Write the tokens of a pair of `Texts` into a folder; returns what about.json says of them."""
+    from tqdm import tqdm
 
-    def tokenise(batch):
-        batch = [(text or "").replace("\0", "") for text in batch[args.text_column]]
-        ids = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-        return {"ids": [np.array([*i, tokenizer.eos_token_id], dtype=np.uint32) for i in ids]}
-
-    if args.num_proc > 1:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes instead of threads
-    options = {"num_proc": args.num_proc} if args.num_proc > 1 else {}
-    texts = texts.map(
-        tokenise,
-        batched=True,
-        batch_size=100,
-        remove_columns=texts.column_names,
-        desc="tokenising",
-        **options,
+    small = max(tokenizer.get_vocab().values()) < 2**16
+    dtype = np.uint16 if small else np.uint32
+    encode = partial(
+        encode_batch, ids_of=encoder(tokenizer), end=[tokenizer.eos_token_id], dtype=dtype
     )
-    return texts.data.column("ids") if len(texts) else None
+    digest, about = hashlib.sha256(), {"largest_id": 0}
+    for (field, name), texts in zip(FILES.items(), parts, strict=True):
+        about[field] = None
+        if texts is not None:
+            bar = {"total": texts.size, "unit": texts.unit, "unit_scale": True}
+            with tqdm(desc="tokenising", disable=None, **bar) as progress:
+                batches = cut_batches(slices(texts.pieces(progress.update)))
+                arrays = in_processes(num_proc, encode, batches)
+                about[field], largest = write_tokens(arrays, folder / name, dtype, digest)
+            about["largest_id"] = max(about["largest_id"], largest)
+    return {**about, "sha256": digest.hexdigest()}
 
 
-def write_tokens(documents, path):
-    """Write all documents one after the other as a .npy of [tokens]; returns the largest id."""
-    parts = [chunk.flatten().to_numpy() for chunk in documents.chunks] if documents else []
-    largest = max((int(part.max()) for part in parts if len(part)), default=0)
-    size = sum(map(len, parts))
-    if not size:
-        np.save(path, np.zeros(0, dtype=np.uint16))
-        return largest
-    dtype = np.uint16 if largest < 2**16 else np.uint32
-    tokens = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(size,))
-    start = 0
-    for part in parts:
-        tokens[start : start + len(part)] = part
-        start += len(part)
-    tokens.flush()
-    return largest
+def cut_batches(found):
+    """Lists of slices that go to the tokenizer together: many, so that its threads all work."""
+    batch, size = [], 0
+    for text, ends in found:
+        batch.append((text, ends))
+        size += len(text) + 1
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def encoder(tokenizer):
+    """The function from texts to lists of ids; by the `tokenizers` library itself, where it can."""
+    if not tokenizer.is_fast:
+        return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return lambda texts: [
+        found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)
+    ]
+
+
+def encode_batch(batch, ids_of, end, dtype):
+    """The tokens of a list of (slice, whether a document ends with it), an array [tokens]."""
+    ids = ids_of([text for text, _ in batch]) if batch else []
+    ended = ([*one, *end] if ends else one for one, (_, ends) in zip(ids, batch, strict=True))
+    return np.fromiter(itertools.chain.from_iterable(ended), dtype)
+
+
+def in_processes(count, function, batches):
+    """map(function, batches), in order; by `count` processes where that is more than one."""
+    if count == 1:
+        yield from map(function, batches)
+        return
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes instead of threads
+    fork = multiprocessing.get_context("fork")  # so the tokenizer is there, not sent
+    with ProcessPoolExecutor(count, fork, begin_work, (function,)) as pool:
+        waiting = deque()
+        try:
+            for batch in batches:
+                waiting.append(pool.submit(work, batch))
+                if len(waiting) > 4 * count:  # no more of the text than that is in memory
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise UserError(
+                f"--num_proc {count}: one of these processes was killed, as happens where memory "
+                "runs out; lower it"
+            ) from None
+
+
+def begin_work(function):
+    """In a process that tokenises: leave signals to the one that started it, and end with that."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    global tokenise_batch
+    tokenise_batch = function
+
+
+def work(batch):
+    return tokenise_batch(batch)

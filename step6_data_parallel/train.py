@@ -45,7 +45,8 @@ def setup(args):
     """Build everything a run needs; the state before its first step."""
     device = pg.init_processes(args.device)
     mesh = pg.Mesh(tp=args.tp_size, cp=args.cp_size, dp=args.dp_size)
-    tokens = load_tokens(args, mesh.world, device)  # before the model: it may find a wrong name
+    # Before the model: it may find a wrong name.
+    tokens, validation = load_tokens(args, mesh.world, device)
 
     with torch.device("meta"):  # no memory yet: a rank will hold only its own part
         model = Llama(args.config, DTYPES[args.dtype], args.activation_checkpointing)
@@ -59,7 +60,7 @@ def setup(args):
     parameters = engine.parameters
     optimizer = build_optimizer(parameters, args.learning_rate, args.weight_decay)
     positions = zigzag_positions(args.seq_len, mesh.group("cp"))
-    data = Batches(args, tokens, device, positions, mesh.group("dp"))
+    data = Batches(args, tokens, device, positions, mesh.group("dp"), validation)
     return State(args, device, mesh, model, engine, parameters, optimizer, data)
 
 
@@ -89,9 +90,18 @@ def forward_backward(state):
 
 
 def evaluate(state):
-    """Mean held-out loss, a number. Autograd stays on: compiled layers need no second version."""
+    """Mean held-out loss, a number. Autograd stays on: compiled layers need no second version.
+
+    Raises UserError when it is not finite.
+    """
     targets = len(state.data.held_out) * state.args.seq_len
-    return mean_loss(state, state.data.evaluation(), targets, backward=False).item()
+    loss = mean_loss(state, state.data.evaluation(), targets, backward=False).item()
+    if not math.isfinite(loss):
+        raise UserError(
+            f"held-out loss {loss} at step {state.step}: the weights are ruined; lower "
+            f"--learning_rate {state.args.learning_rate}"
+        )
+    return loss
 
 
 def train_step(state):

@@ -7,7 +7,6 @@ import sys
 import torch
 
 from context_parallel import check_context_parallel
-from corpus import local_files
 from errors import (
     ArgumentParser,
     UserError,
@@ -16,6 +15,7 @@ from errors import (
     positive_float,
     positive_int,
 )
+from files import local_files
 from metrics import check_metrics_file
 from pipeline_parallel import check_pipeline_parallel
 from presets import load_config

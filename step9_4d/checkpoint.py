@@ -120,7 +120,7 @@ def identity(tokens):
     """What a run trains on, by its content and not by its name: {"tokens": …, "sha256": …, …}."""
     if (file := getattr(tokens, "filename", None)) is not None:  # mapped, from the cache
         about = json.loads(Path(file).with_name("about.json").read_text())
-        return {key: about.get(key) for key in ("tokens", "held_out", "sha256")}
+        return {key: about[key] for key in ("tokens", "held_out", "sha256")}
     digest = hashlib.sha256(tokens.tobytes()).hexdigest()
     return {"tokens": len(tokens), "held_out": None, "sha256": digest}
 

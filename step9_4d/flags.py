@@ -9,7 +9,6 @@ import torch
 from checkpoint import choose_checkpoint, compare
 from config_file import parse_with_file
 from context_parallel import check_context_parallel
-from corpus import local_files
 from errors import (
     ArgumentParser,
     UserError,
@@ -18,6 +17,7 @@ from errors import (
     positive_float,
     positive_int,
 )
+from files import local_files
 from huggingface import load_checked_config
 from interleaved import PIPELINE_ENGINES, check_interleaved
 from metrics import check_metrics_file

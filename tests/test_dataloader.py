@@ -141,7 +141,7 @@ def test_the_first_rank_tokenises_once_and_the_others_wait(step_dir, tmp_path):
     size = 3 if step_number(step_dir) == 3 else 2  # replicas, or ranks of its newest axis
     with World(step_dir, size, **caches) as world:
         (first, heavy), *others = world.run(workers.tokens_of, argv + on_two(step_dir))
-        assert heavy == {"datasets", "transformers"}
+        assert heavy == {"transformers"}  # `datasets` is for the hub and for what it saved
         for tokens, heavy in others:
             assert np.array_equal(tokens, first)
             assert not heavy
@@ -210,6 +210,19 @@ def test_the_last_64th_is_held_out(step_dir, worlds):
     steps, held_out, count = batches(worlds, step_dir, "--micro_batch_size 5", [0], tokens)
     assert count == 630
     assert sorted(held_out) == list(range(630, 640))
+
+
+def test_a_text_for_validation_is_held_out_and_nothing_else(step_dir, worlds):
+    train, validation = np.arange(1000, dtype=np.uint16), np.arange(5000, 5101, dtype=np.uint16)
+    argv = "--seq_len 10 --micro_batch_size 3"
+    ((steps, held_out, count),) = worlds(step_dir, 1).run(
+        workers.batches_of, argv, train, range(33), validation
+    )
+    assert count == 99
+    assert sorted(np.concatenate(steps)[:, 0]) == list(range(0, 990, 10))
+    assert set(held_out[:, 0]) <= set(range(5000, 5100, 10)) and len(held_out) == 9
+    with pytest.raises(Exception, match="10 tokens for validation do not fill one"):
+        worlds(step_dir, 1).run(workers.batches_of, argv, train, [0], validation[:10])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import workers
 from conftest import step_number
-from launch import launch, on_two
+from launch import launch, on_two, ranks_of
 
 # flags: (words that the line must hold). {tmp} is a directory made by `folder`.
 STEP1 = {
@@ -55,6 +55,7 @@ STEP3 = {
     "--vocab_size 100 --dataset_name {tmp}/a.txt": ("--vocab_size 100", "bytes", "id 121"),
     "--seq_len 50000000": ("python-stdlib", "0 training sequences", "--seq_len 50000000"),
     "--gradient_accumulation_steps 0": ("--gradient_accumulation_steps", "1 or more"),
+    "--learning_rate 1e39 --max_tokens 512": ("held-out loss nan at step 1", "--learning_rate"),
 }
 
 
@@ -164,6 +165,15 @@ def test_a_hub_id_of_a_preset_needs_no_hub(step_dir):
 @pytest.mark.steps(3, 3)
 def test_wrong_calls_of_the_data(step_dir, worlds, folder, subtests):
     check_all(step_dir, worlds, folder, subtests, STEP3, 30)
+
+
+@pytest.mark.sampled(9)
+@pytest.mark.steps(3)
+def test_a_held_out_loss_that_is_not_a_number_is_an_error(step_dir, worlds):
+    """The last update may ruin the weights: no loss of a step would show it."""
+    argv = "--dataset_name random --seq_len 8 --num_hidden_layers 2" + on_two(step_dir)
+    for said in worlds(step_dir, ranks_of(argv)).run(workers.held_out_loss_of_ruined, argv):
+        assert "held-out loss nan at step 0" in said and "--learning_rate 0.0003" in said
 
 
 @pytest.mark.slow

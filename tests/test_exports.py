@@ -229,7 +229,6 @@ def save(tensors, file):
     save_file(tensors, file, {"format": "pt"})
 
 
-@pytest.mark.xfail(reason="corpus.load_tokenizer does not look for them yet", strict=False)
 def test_a_bare_tokenizer_model_names_the_packages_that_it_needs(step_dir, worlds, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
     (said,) = worlds(step_dir, 1).run(trainer_workers.without_packages, str(tmp_path))

@@ -568,34 +568,35 @@ def fail_on(bad_rank, how):
 
 
 def tokens_of(argv):
-    """(tokens of a data set, heavy libraries that this rank has imported for them)."""
+    """(tokens of a data set to train on, heavy libraries that this rank has imported for them)."""
     import sys
 
     import corpus
     import process_group as pg
     import train
 
+    before = set(sys.modules)
     args = train.parse_args(argv.split())
     device = pg.init_processes("cpu")
-    tokens = corpus.load_tokens(args, pg.Mesh(dp=pg.dist.get_world_size()).world, device)
-    heavy = {"datasets", "transformers"} & set(sys.modules)
+    tokens, _ = corpus.load_tokens(args, pg.Mesh(dp=pg.dist.get_world_size()).world, device)
+    heavy = {"datasets", "transformers", "pyarrow"} & (set(sys.modules) - before)
     return np.array(tokens), heavy
 
 
-def data_of(argv, tokens):
-    """The batches of a run that trains on these tokens."""
+def data_of(argv, tokens, validation=None):
+    """The batches of a run that trains on these tokens, and holds out those."""
     import process_group as pg
     import train
 
     if pg.dist.is_initialized():
         pg.finish()
-    with patch.object(train, "load_tokens", lambda *_: tokens):
+    with patch.object(train, "load_tokens", lambda *_: (tokens, validation)):
         return build(argv + " --num_hidden_layers 1").data
 
 
-def batches_of(argv, tokens, steps):
+def batches_of(argv, tokens, steps, validation=None):
     """[windows of step, [batch, seq + 1]], held-out windows, and how many are for training."""
-    data = data_of(argv, tokens)
+    data = data_of(argv, tokens, validation)
 
     def windows(micro_batches):
         found = []
@@ -675,6 +676,21 @@ def evaluated(argv):
     weights = {p.global_name: p.detach().numpy() for p in state.model.parameters()}
     both = torch.cat(tokens).numpy(), torch.cat(targets).numpy()
     return train.evaluate(state), weights, state.args.config, *both
+
+
+def held_out_loss_of_ruined(argv):
+    """What is said of the held-out loss when a weight is no number."""
+    import errors
+    import train
+
+    state = build(argv)
+    with torch.no_grad():
+        for parameter in state.parameters:
+            parameter.fill_(float("nan"))
+    try:
+        return f"a loss of {train.evaluate(state)}"
+    except errors.UserError as error:
+        return str(error)
 
 
 def bytes_kept_to_evaluate(argv, counts):

@@ -1,0 +1,286 @@
+"""The texts of a data set, read a piece at a time: none has to fit into memory.
+
+`datasets` reads what is on the hub or was saved by it; files we read ourselves, so that an error
+can name the file and the place, and only the text column is looked at.
+"""
+
+import bz2
+import codecs
+import errno
+import gzip
+import io
+import json
+import lzma
+import os
+import re
+import sys
+from collections import namedtuple
+from functools import partial
+from pathlib import Path
+
+from errors import UserError, in_one_line
+from files import VALIDATION, kind_of, shown
+
+BLOCK = 2**18  # bytes of a text file to read at a time
+SLICE, LONGEST_SLICE = 2**12, 2**16  # characters
+WORD_ENDS = re.compile(r"\S ")
+ROWS = 100  # of a table to read at a time
+LOOKED_AT = 1000  # objects that may lack the text column before any has it
+JSON_TYPES = {int: "int64", float: "double", bool: "bool", list: "list", dict: "struct"}
+
+# How much there is to read, in which unit, and a function that reads it and reports progress; it
+# yields (text, whether a document ends there).
+Texts = namedtuple("Texts", "size unit pieces")
+
+
+def open_texts(args, files):
+    """(Texts to train on, Texts to hold out or None, notes on the choice of a split).
+
+    Raises UserError for what is missing or has no text in `--text_column`; so does reading them.
+    """
+    if files.kind in ("hub", "saved"):
+        return open_dataset(args, files.kind)
+    parts = (files.train, files.validation)
+    train, validation = (
+        Texts(
+            sum(file.stat().st_size for file in part),
+            "B",
+            partial(read_files, part, files.kind, args),
+        )
+        for part in parts
+    )
+    return train, validation if files.validation else None, []
+
+
+def slices(pieces):
+    """Cut long documents into slices, (text, whether a document ends with it), without NULs.
+
+    A cut is before the first space of some, so that tokenizers that split at white space give the
+    same tokens. Only where there is no such place for long is a cut anywhere.
+    """
+    rest = ""
+    for text, ends in pieces:
+        rest += text.replace("\0", "")
+        start = 0
+        while len(rest) - start > (SLICE if ends else LONGEST_SLICE):
+            found = WORD_ENDS.search(rest, start + SLICE - 1, start + LONGEST_SLICE)
+            end = found.end() - 1 if found else start + LONGEST_SLICE
+            yield rest[start:end], False
+            start = end
+        rest = rest[start:]
+        if ends:
+            yield rest, True
+            rest = ""
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+class NoText(Exception):
+    """The text column is not there, or is none of text."""
+
+
+class Counted(io.FileIO):
+    """A file that reports how many of its bytes were read, in all as many as it has."""
+
+    def __init__(self, path, progress):
+        super().__init__(path)
+        self.left, self.progress = os.fstat(self.fileno()).st_size, progress
+
+    def readinto(self, buffer):
+        count = super().readinto(buffer)
+        self.advance(count)
+        return count
+
+    def advance(self, count):
+        count = min(count, self.left)
+        self.left -= count
+        self.progress(count)
+
+
+def read_files(files, kind, args, progress):
+    """The pieces of the documents in some files; a UserError names the file and the place in it."""
+    for file in files:
+        place = {}  # where the reader is: {"line": 3}
+        try:
+            with Counted(file, progress) as counted:
+                stream = unpack(io.BufferedReader(counted, BLOCK), kind_of(file.name)[1])
+                yield from READERS[kind](stream, place, args.text_column)
+                counted.advance(counted.left)  # what needed no reading
+        except Exception as error:
+            where = shown(file) + "".join(f", {unit} {number}" for unit, number in place.items())
+            if isinstance(error, NoText):
+                raise UserError(f"--text_column {args.text_column}: {where}: {error}") from None
+            raise UserError(
+                f"--dataset_name {shown(args.dataset_name)}: {where}: {in_one_line(error)} (mend "
+                "the file, or take it away)"
+            ) from None
+
+
+def unpack(stream, packing):
+    """The stream of what is in a packed one."""
+    if packing == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(stream, "zstd"), BLOCK)
+    openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return io.BufferedReader(openers[packing](stream), BLOCK) if packing else stream
+
+
+def read_text(stream, place, column, errors="strict"):
+    """A file that is one document."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors)
+    read = 0
+    while True:
+        block = stream.read(BLOCK)
+        place["byte"] = read - len(decoder.getstate()[0])  # a letter may have begun before
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            place["byte"] += error.start
+            raise ValueError(not_utf8(error)) from None
+        if not block:
+            yield text, True
+            return
+        yield text if read else text.removeprefix("\ufeff"), False
+        read += len(block)
+
+
+def not_utf8(error):
+    return f"0x{error.object[error.start]:02x} is not utf-8 ({error.reason})"
+
+
+def read_json(stream, place, column):
+    """A file of JSON objects, a document each."""
+    first, found = None, False
+    for number, row in enumerate(json_values(stream, place)):
+        if not isinstance(row, dict):
+            raise ValueError(f"no object but {row!r:.40}")
+        first = row if first is None else first
+        found = found or column in row
+        if not found and number == LOOKED_AT:
+            break
+        text = row.get(column)
+        if not isinstance(text, str | None):
+            raise NoText(f"no text there but {JSON_TYPES[type(text)]}")
+        text = text or ""
+        text.encode()  # raises for half a letter, "\\ud800"
+        yield text, True
+    if first is not None and not found:
+        place.clear()  # it is the whole file
+        raise NoText(f"the columns are {[*first]}")
+
+
+def json_values(stream, place):
+    """The values in a file of JSON lines, or in one that is a list."""
+
+    def parse(text):
+        try:
+            return json.loads(text.decode())
+        except UnicodeDecodeError as error:
+            place["line"] += text.count(b"\n", 0, error.start)
+            raise ValueError(not_utf8(error)) from None
+        except json.JSONDecodeError as error:
+            place["line"] += error.lineno - 1
+            raise ValueError(f"{error.msg} (column {error.colno})") from None
+
+    begun = False
+    for number, line in enumerate(stream, 1):
+        line = line.removeprefix(codecs.BOM_UTF8 * (number == 1)).strip()
+        if not line:
+            continue
+        place["line"] = number
+        if not begun and (line[:1] == b"[" or line == b"{"):  # one value over all lines
+            whole = parse(line + b"\n" + stream.read())
+            for index, value in enumerate(whole if isinstance(whole, list) else [whole]):
+                place["object"] = index + 1
+                yield value
+            return
+        begun = True
+        yield parse(line)
+
+
+def read_parquet(stream, place, column):
+    """A file of rows, a document each; of the other columns only the names are read."""
+    from pyarrow.parquet import ParquetFile
+
+    file = ParquetFile(stream)
+    check_column(file.schema_arrow, column)
+    place["row"] = 0
+    for rows in file.iter_batches(ROWS, columns=[column]):
+        for text in rows.column(0):
+            place["row"] += 1
+            yield text.as_py() or "", True
+
+
+READERS = {
+    "texts": read_text,
+    "source": partial(read_text, errors="ignore"),
+    "JSON": read_json,
+    "parquet": read_parquet,
+}
+
+
+def check_column(schema, column):
+    """Raise NoText unless a column of an Arrow schema is text."""
+    if column not in schema.names:
+        raise NoText(f"the columns are {schema.names}")
+    kind = schema.field(column).type
+    kind = str(getattr(kind, "value_type", kind) if "dictionary" in str(kind) else kind)
+    if kind not in ("string", "large_string", "string_view", "null"):
+        raise NoText(f"no text there but {kind}")
+
+
+# --- what `datasets` reads ------------------------------------------------------------------------
+
+
+def open_dataset(args, kind):
+    """`open_texts` of a data set on the hub, or of a folder that `save_to_disk` wrote."""
+    import datasets
+
+    name = shown(args.dataset_name)
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is ours to say
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        if kind == "saved":
+            found = datasets.load_from_disk(str(Path(args.dataset_name).expanduser()))
+        else:
+            found = datasets.load_dataset(args.dataset_name, args.dataset_config)
+    except Exception as error:
+        said, remedy = in_one_line(error), "mend it, or name a local file"
+        if os.strerror(errno.ENOSPC) in said:
+            remedy = "set HF_HOME to a folder with room"
+        raise UserError(f"--dataset_name {name}: {said} ({remedy})") from None
+    validation, notes = None, []
+    if isinstance(found, datasets.DatasetDict):
+        if not found:
+            raise UserError(f"--dataset_name {name}: it has no split")
+        train = "train" if "train" in found else [*found][0]
+        names = [split for split in VALIDATION if split in found and train == "train"][:1]
+        rest = [split for split in found if split not in (train, *names)]
+        words = [f"trained on the split {train}"]
+        words += [f"held out the split {split}" for split in names]
+        words += [f"left out {', '.join(rest)}"] * bool(rest)
+        if [*found] != ["train"]:
+            notes = [f"--dataset_name {name}: {'; '.join(words)}"]
+        validation, found = found[names[0]] if names else None, found[train]
+    try:
+        for part in (found, found if validation is None else validation):
+            check_column(part.features.arrow_schema, args.text_column)
+    except NoText as error:
+        raise UserError(f"--text_column {args.text_column}: {name}: {error}") from None
+    parts = [
+        Texts(len(part), " rows", partial(read_rows, part, args.text_column))
+        for part in (found, validation)
+        if part is not None
+    ]
+    return parts[0], parts[1] if len(parts) > 1 else None, notes
+
+
+def read_rows(dataset, column, progress):
+    """The pieces of the documents of a `datasets.Dataset`."""
+    for rows in dataset.select_columns([column]).with_format("arrow").iter(ROWS):
+        for text in rows.column(0):
+            yield text.as_py() or "", True
+        progress(len(rows))
