@@ -44,7 +44,7 @@ def the_world():
     import process_group as pg
 
     pg.init_processes("cpu")
-    return pg.Mesh(dp=pg.world_size()).world
+    return pg.Mesh(dp=pg.dist.get_world_size()).world
 
 
 def loaded(calls, *options):
