@@ -66,6 +66,20 @@ def life(argv, until=None, hold=False, meanwhile=None):
     return result | {"notes": notes}
 
 
+def life_in(folder, argv):
+    """`life` in a working directory."""
+    import huggingface
+
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        with notes_of(huggingface) as notes:
+            result = life(argv)
+        return result | {"notes": result["notes"] + notes}
+    finally:
+        os.chdir(before)
+
+
 def lock_is_taken(state):
     """Another run has taken the lock, as after a minute in which this one stood still."""
     if state.step == 3 and state.args.lock is not None:
