@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from errors import RANK, UserError, note
+from run_directory import checkpoints
 
 RENEWED, SILENT = 10, 60  # seconds between signs of life; seconds without one
 
@@ -34,6 +35,11 @@ def alone(main):
         args.lock = Lock(args.checkpoint_dir)
         try:
             args.lock.take()
+            if checkpoints(args.checkpoint_dir) != args.found:
+                raise UserError(
+                    f"--checkpoint_dir {args.checkpoint_dir}: another run has just written there; "
+                    "give the same command again"
+                )
             return main(args)
         finally:
             args.lock.release()

@@ -186,6 +186,20 @@ def renewed(directory):
     return first, second
 
 
+def begun_after(argv, name):
+    """What a run is told that looked into its directory before another one ended there."""
+    import errors
+    import lock
+    import train
+
+    args = train.parse_args(argv.split())
+    (Path(args.checkpoint_dir) / name).mkdir()
+    try:
+        lock.alone(lambda args: None)(args)
+    except errors.UserError as error:
+        return str(error)
+
+
 def ruined(argv):
     """`life`, with the third update making one weight infinite on the last rank only."""
     import train

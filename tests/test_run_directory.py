@@ -360,6 +360,12 @@ def test_a_run_that_lost_its_lock_writes_no_more(step_dir, worlds, tmp_path):
         assert names_in(run) == ["LOCK", "step_00000002"] and not list(run.glob(".step_*"))
 
 
+def test_a_run_that_ended_meanwhile_is_noticed(step_dir, worlds, tmp_path):
+    argv = SHAPE + f"--checkpoint_dir {tmp_path}"
+    (said,) = worlds(step_dir, 1).run(run_workers.begun_after, argv, "step_00000002")
+    assert "another run has just written there" in said and names_in(tmp_path) == ["step_00000002"]
+
+
 def test_the_holder_renews_its_lock(step_dir, worlds, tmp_path):
     ((first, second),) = worlds(step_dir, 1).run(run_workers.renewed, tmp_path)
     assert second > first
