@@ -292,7 +292,7 @@ def test_slices_do_not_change_the_tokens_of_a_tokenizer_that_splits_at_spaces(
 
 
 def test_a_large_text_is_read_in_little_memory(step_dir, tmp_path):
-    """One piece would take 0.2 GB for each of its MB. Letters lie across blocks; one stretch has no space."""
+    """One piece would take 0.2 GB for each of its MB. Letters lie across blocks too."""
     chance = random.Random(7)
     words = ["東京", "é", "word", "🙂", "longer-word", "x" * 300_000]
     text = "".join(f"{chance.choice(words[:5])} " for _ in range(450_000)) + words[5]
