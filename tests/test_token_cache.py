@@ -89,7 +89,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_whole(step_dir, load, tmp_p
     (tmp_path / "large").mkdir()
     (tmp_path / "large" / "train.txt").write_text("large " * 10_000)  # 120 kB of tokens
     (tmp_path / "large" / "val.txt").write_text("large " * 10_000)
-    for index in range(6):
+    for index in range(4):
         disk = tmp_path / f"disk{index}"
         mounted(disk, 4 * chance.randrange(5, 59))
         try:
