@@ -1,10 +1,12 @@
 """A wrong call gets one line on standard error that says what to do, and a non-zero exit."""
 
 import argparse
+import errno
 import os
 import re
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -66,11 +68,17 @@ if Path(sys.argv[0]).absolute().parent == Path(__file__).absolute().parent:  # n
 
 
 def run(main, parse_args):
-    """Run a program on its command line; whatever is wrong with the call is one line."""
+    """Run a program on its command line; a wrong call is one line, and so is a full disk."""
     try:
         main(parse_args(sys.argv[1:]))
     except UserError as error:
         stop(error)
+    except Exception as error:  # of a library, such as the compiler that writes to TMPDIR
+        full = os.strerror(errno.ENOSPC)
+        if full not in str(error):
+            raise
+        place = getattr(error, "filename", None) or f"TMPDIR {tempfile.gettempdir()}?"
+        stop(UserError(f"{full} ({place}): make room, or name another place"))
 
 
 def whole_number(text, least):

@@ -88,6 +88,16 @@ def test_metrics_on_a_full_disk(step_dir, tmp_path):
         assert 1 < len(lines) < 64
 
 
+@pytest.mark.steps(1)
+@pytest.mark.sampled(1, only=True)
+def test_a_compiler_on_a_full_disk(step_dir, tmp_path):
+    with disk(tmp_path / "disk", 64) as small:
+        fill(small, leave=4096)
+        result = launch(step_dir, "--num_hidden_layers 1 --compile", TMPDIR=str(small))
+        (said,) = result.errors[0].splitlines()
+        assert said.startswith("error: No space left on device (") and str(small) in said
+
+
 @pytest.mark.steps(7)
 @pytest.mark.sampled(9, only=True)
 def test_a_timeline_on_a_full_disk(step_dir, tmp_path):
