@@ -44,7 +44,8 @@ def check_writable(flag, path):
 def stop(error):
     """Print the one line and exit with code 2, before other libraries add words of their own."""
     sys.stdout.flush()
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in f"error: {error}")
+    print(line, file=sys.stderr, flush=True)
     os._exit(2)
 
 
@@ -61,17 +62,47 @@ if Path(sys.argv[0]).absolute().parent == Path(__file__).absolute().parent:  # n
 
 
 def run(main, parse_args):
-    """Run a program on its command line; a wrong call is one line, and so is a full disk."""
+    """Run a program on its command line; what is wrong with that, or with a file, is one line."""
+    sys.stdout = Output(sys.stdout)
+    full = os.strerror(errno.ENOSPC)
     try:
         main(parse_args(sys.argv[1:]))
     except UserError as error:
         stop(error)
     except Exception as error:  # of a library, such as the compiler that writes to TMPDIR
-        full = os.strerror(errno.ENOSPC)
-        if full not in str(error):
-            raise
-        place = getattr(error, "filename", None) or f"TMPDIR {tempfile.gettempdir()}?"
-        stop(UserError(f"{full} ({place}): make room, or name another place"))
+        if isinstance(error, OSError) and error.filename:
+            stop(UserError(f"{error.filename}: {error.strerror}"))
+        if full in str(error):
+            where = tempfile.gettempdir()
+            stop(UserError(f"{full}: make room in {where}, or set TMPDIR to another folder"))
+        raise
+
+
+class Output:
+    """Standard output that a run can do without.
+
+    Where nobody reads it any more, or its disk is full, the run goes on in silence.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.tried(lambda: self.stream.write(text))
+
+    def flush(self):
+        self.tried(self.stream.flush)
+
+    def tried(self, act):
+        try:
+            act()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if error.errno == errno.ENOSPC:
+                os.write(2, f"note: standard output: {error.strerror}; the run goes on\n".encode())
 
 
 def whole_number(text, least):

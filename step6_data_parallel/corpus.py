@@ -105,9 +105,10 @@ def key(args, files, tokenizer_name):
             states = [(file, file.stat()) for file in part]
         except OSError as error:
             raise UserError(f"{shown(error.filename)}: {error.strerror}") from None
-        found.append(
-            [(str(f.absolute()), str(f.resolve()), s.st_size, s.st_mtime_ns) for f, s in states]
-        )
+        # The last is the time of any change, which no program can set back.
+        times = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for _, s in states]
+        names = [(str(file.absolute()), str(file.resolve())) for file, _ in states]
+        found.append([*zip(names, times, strict=True)])
     return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
 

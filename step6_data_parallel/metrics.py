@@ -144,14 +144,16 @@ def check_metrics_file(args):
     """
     path = args.metrics_file
     check_writable("--metrics_file", path)
-    if path is None or not Path(path).is_file() or Path(path).stat().st_size == 0:
+    if path is None or not Path(path).is_file():
+        return
+    if Path(path).stat().st_size == 0 and not flags_beside(path).exists():
         return
     *lines, _ = Path(path).read_bytes().split(b"\n")  # the last one may be cut off
     try:
         before = json.loads(flags_beside(path).read_text())
     except (OSError, ValueError):
         before = None
-    if before is None or None in map(step_of, lines):
+    if not isinstance(before, dict) or None in map(step_of, lines):
         raise UserError(f"--metrics_file {path}: it holds something else; name another file")
     if not same_flags(before, args.flags):
         raise UserError(
@@ -163,7 +165,7 @@ def check_metrics_file(args):
 def step_of(line):
     """The step that a line of metrics is of; None if it is no such line."""
     try:
-        return json.loads(line)["step"]
+        return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return None
 

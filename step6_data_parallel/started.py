@@ -27,14 +27,20 @@ def world_size():
             f"RANK is set, but not {', '.join(missing)}: start with torchrun, which sets all of "
             "them, or unset RANK"
         )
-    return int(os.environ["WORLD_SIZE"])
+    numbers = {name: os.environ.get(name, "1") for name in (*LAUNCH[:2], "LOCAL_WORLD_SIZE")}
+    whole = all(number.isdigit() for number in numbers.values())
+    if not whole or int(numbers["RANK"]) >= int(numbers["WORLD_SIZE"]):
+        said = ", ".join(f"{name} {number}" for name, number in numbers.items())
+        raise UserError(f"{said}: no rank of a world; start with torchrun, or unset RANK")
+    return int(numbers["WORLD_SIZE"])
 
 
 def check_port():
     """Raise UserError if the first rank's port is taken; under torchrun the launcher has it."""
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    if os.environ["RANK"] == "0" and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+    if RANK == 0 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
         try:
+            socket.getaddrinfo(address, int(port))
             socket.create_server(("", int(port))).close()
         except (OSError, ValueError) as error:
             what = f"MASTER_ADDR {address}, MASTER_PORT {port}: {error}"

@@ -65,14 +65,17 @@ def choose_checkpoint(args):
             raise UserError(f"{what}: {error.strerror}; {remedy}") from None
         if not os.access(args.checkpoint_dir, os.W_OK):
             raise UserError(f"{what}: may not be written; {remedy}")
+        if any(ord(letter) in range(0xD800, 0xE000) for letter in args.checkpoint_dir):
+            raise UserError(f"{what}: a name that is no UTF-8; {remedy}")
+        run_directory.check_config(args.checkpoint_dir)
         args.found = checkpoints(args.checkpoint_dir)
     if args.auto:
         args.resume, args.resumed = newest_sound("--resume auto:", args.found)
     elif args.resume is not None:
         args.resume = find("--resume", args.resume)
         args.resumed = read_about("--resume", args.resume)
-    step = args.resumed["step"] if args.resumed else 0
-    if args.found and not args.auto and run_directory.name_of(step) < args.found[-1].name:
+    newest = args.found and args.resume and args.resume.resolve() == args.found[-1].resolve()
+    if args.found and not args.auto and not newest:
         raise UserError(
             f"{what}: a run is there already, up to {args.found[-1].name}: --resume auto goes on "
             "with it, or name another directory"
@@ -171,7 +174,7 @@ def save(state):
         why = f"the weights are not finite after step {state.step}, which is not saved: lower "
         why += f"--learning_rate {args.learning_rate}{last_good(args)}"
         raise pg.on_all_ranks(UserError(why))
-    aside = directory / on_first(state, lambda: run_directory.begin(directory, state.step))
+    aside = directory / on_first(state, lambda: begin(state))
     try:
         if not all(pg.from_all(state.mesh.world, aside.is_dir)):
             raise UserError(f"--checkpoint_dir {directory}: name one that all hosts share")
@@ -183,6 +186,13 @@ def save(state):
         if isinstance(error, OSError):
             raise not_saved(args, error) from error
         raise
+
+
+def begin(state):
+    """On the first rank: a place to write to, if the directory is still ours; its name."""
+    if state.args.lock is not None:
+        state.args.lock.check()
+    return run_directory.begin(state.args.checkpoint_dir, state.step)
 
 
 def about_of(state, files, others):

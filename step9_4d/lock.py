@@ -120,12 +120,11 @@ class Lock:
 def read(path):
     """(holder, time) of a lock: None without one; {} where it can't be understood."""
     try:
-        with open(path) as file:
-            renewed, text = os.fstat(file.fileno()).st_mtime_ns, file.read()
-        holder = json.loads(text)
+        renewed = path.stat().st_mtime_ns
+        holder = json.loads(path.read_text())
     except FileNotFoundError:
         return None, None
-    except ValueError:
+    except (ValueError, RecursionError):
         holder = {}
     return holder if isinstance(holder, dict) else {}, renewed
 
@@ -143,8 +142,8 @@ def this_host():
 def text_of(path):
     """What a small file says; nothing where it can't be read."""
     try:
-        return Path(path).read_text().strip()
-    except OSError:
+        return Path(path).read_text(errors="replace").strip()
+    except (OSError, ValueError):
         return ""
 
 
@@ -176,7 +175,7 @@ def name_of(holder):
     """A holder in words."""
     if not holder:
         return "another run"
-    return f"process {holder.get('process')} on {str(holder.get('host')).split()[0]}"
+    return f"process {holder.get('process')} on {(str(holder.get('host')).split() or '?')[0]}"
 
 
 @contextlib.contextmanager

@@ -108,10 +108,10 @@ def from_transformers(name, flag="--model_name"):
     try:
         config = AutoConfig.from_pretrained(name)
         ends = as_list(config.eos_token_id) + ends_for_generating(name)
+        ends = list(dict.fromkeys(ends))
+        config.eos_token_id = ends if len(ends) > 1 else ends[0] if ends else None
     except Exception as error:
         raise UserError(f"{flag} {name}: {in_one_line(error)} (or name a preset)") from None
-    ends = list(dict.fromkeys(ends))
-    config.eos_token_id = ends if len(ends) > 1 else ends[0] if ends else None
     if reason := foreign_part(config):
         raise UserError(
             f"{flag} {name}: not a Llama of this model.py: {reason}; name a Llama or a preset"

@@ -160,7 +160,8 @@ def write_file(path, parts):
 def header_of(file):
     """The bytes of a safetensors file before its tensors: a length, and JSON that long."""
     length = file.read(8)
-    return length + file.read(int.from_bytes(length, "little"))
+    size = os.fstat(file.fileno()).st_size  # more than that is said by a damaged one
+    return length + file.read(min(int.from_bytes(length, "little"), size))
 
 
 def read_tensors(tensors, directory, files):

@@ -90,7 +90,7 @@ def read_about(flag, path):
         for name, digest in about["others"].items():
             if hashlib.sha256((path / name).read_bytes()).hexdigest() != digest:
                 raise damaged(f"{name} is not as it was written")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(in_one_line(error)) from None
     if NAME.fullmatch(path.name) and path.name != name_of(about["step"]):
         raise damaged(f"its name is not that of step {about['step']}")
@@ -119,9 +119,29 @@ def newest_sound(flag, found):
 def run_id(directory):
     """What is written into this directory's checkpoints; made when first asked for."""
     path = Path(directory) / ".run_id"
-    if not path.exists():
-        path.write_text(secrets.token_hex(8) + "\n")
-    return path.read_text().strip()
+    said = path.read_bytes() if path.is_file() else b""
+    if not re.fullmatch(rb"[0-9a-f]{16}\n", said):  # none, or cut off on a full disk
+        said = secrets.token_hex(8).encode() + b"\n"
+        aside = path.with_name(f".run_id-{secrets.token_hex(4)}")
+        try:
+            aside.write_bytes(said)
+            aside.rename(path)
+        finally:
+            aside.unlink(missing_ok=True)
+    return said.decode().strip()
+
+
+def check_config(directory):
+    """Raise UserError where config.json is not of a run, as in a directory with a model."""
+    path = Path(directory) / "config.json"
+    try:
+        flags = json.loads(path.read_text()) if path.exists() else {"checkpoint_dir": None}
+    except (OSError, ValueError, RecursionError):
+        flags = None
+    if not isinstance(flags, dict) or "checkpoint_dir" not in flags:
+        raise UserError(
+            f"--checkpoint_dir {directory}: its config.json is not of a run; name another directory"
+        )
 
 
 def begin(directory, step):
@@ -186,12 +206,14 @@ say_once = functools.cache(note)
 def clean(directory):
     """Delete what is not complete, or no longer."""
     for left in Path(directory).glob(".step_*"):
-        if HIDDEN.fullmatch(left.name):
+        if HIDDEN.fullmatch(left.name) and not left.is_symlink():
             try:
                 shutil.rmtree(left)
             except OSError as error:
                 say_once(f"{left} can't be deleted ({error.strerror}) and stays")
-    (Path(directory) / "RESUME").unlink(missing_ok=True)
+    resume = Path(directory) / "RESUME"
+    if resume.exists() and NAME.fullmatch(resume.read_text(errors="replace").strip()):
+        resume.unlink()
 
 
 # --- the tokenizer --------------------------------------------------------------------------------

@@ -81,9 +81,15 @@ def life_in(folder, argv):
 
 
 def lock_is_taken(state):
-    """Another run has taken the lock, as after a minute in which this one stood still."""
+    """Another run has taken the lock, as after a minute in which this one stood still.
+
+    And it is writing, in a directory of its own.
+    """
     if state.step == 3 and state.args.lock is not None:
-        state.args.lock.path.write_text('{"host": "elsewhere", "process": 7}')
+        path = state.args.lock.path
+        path.write_text('{"host": "elsewhere", "process": 7}')
+        path.with_name(".step_00000009-0123abcd").mkdir()
+        path.with_name("RESUME").write_text("step_00000002\n")
 
 
 def signals_itself(state):
@@ -161,13 +167,14 @@ def holder_of_this_process(directory):
 
 
 def leave_lock(directory, changes):
-    """Leave a lock that names this process, but for some changes; with None it can't be read."""
+    """Leave a lock that names this process but for some changes, or one that is given as bytes."""
     import json
 
     import lock
 
     mine = lock.Lock(directory)
-    mine.path.write_text("{" if changes is None else json.dumps({**mine.own, **changes}))
+    whole = json.dumps({**mine.own, **({} if isinstance(changes, bytes) else changes)}).encode()
+    mine.path.write_bytes(changes if isinstance(changes, bytes) else whole)
     return mine.own
 
 

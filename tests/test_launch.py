@@ -4,11 +4,14 @@ import json
 import os
 import random
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import run_workers
 from conftest import step_number
+from harness import World
 from launch import launch
 from test_errors import assert_one_line
 
@@ -34,6 +37,18 @@ def test_variables_of_a_launcher_that_are_there_in_part(step_dir, worlds, subtes
 
 @pytest.mark.sampled
 @pytest.mark.steps(2)
+@pytest.mark.parametrize(
+    "wrong", [{"RANK": "x"}, {"WORLD_SIZE": "two"}, {"RANK": "1"}, {"LOCAL_WORLD_SIZE": ""}]
+)
+def test_variables_of_a_launcher_that_are_no_numbers(step_dir, worlds, wrong):
+    whole = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    with World(step_dir, 1) as world:
+        (said,) = world.run(run_workers.refused_with, "", {**whole, **wrong})
+    assert "no rank of a world" in said or "RANK is set, but not" in said
+
+
+@pytest.mark.sampled(2, only=True)
+@pytest.mark.steps(2)
 def test_a_port_in_use(step_dir):
     with socket.create_server(("", 0)) as used:
         port = str(used.getsockname()[1])
@@ -55,22 +70,34 @@ def test_no_compiler(step_dir, worlds):
     assert said is None  # it writes no C++
 
 
-@pytest.mark.sampled(3, 9, only=True)
-@pytest.mark.steps(3)
-def test_a_user_without_a_home(step_dir, tmp_path):
-    (tmp_path / "a.txt").write_text("some text " * 1000)
-    argv = TINY + f"--dataset_name {tmp_path / 'a.txt'}"
-    cache = tmp_path / "cache"
-    result = launch(step_dir, argv, through=NOBODY, XDG_CACHE_HOME=str(cache))
-    assert result.code == 0 and result.errors == [""] and cache.is_dir()
-    result = launch(step_dir, argv, through=NOBODY, XDG_CACHE_HOME="")
-    assert_one_line(result, ("XDG_CACHE_HOME",), 30)
-
-
 @pytest.mark.sampled(1, only=True)
 def test_a_user_without_a_home_needs_none_without_a_data_set(step_dir):
     result = launch(step_dir, tiny(step_dir), through=NOBODY, XDG_CACHE_HOME="")
     assert result.code == 0 and result.errors == [""]
+
+
+@pytest.mark.sampled(1, only=True)
+@pytest.mark.parametrize("name", ["x" * 300, "a\nb"])
+def test_names_that_no_file_can_have_are_one_line(step_dir, name):
+    command = [sys.executable, str(step_dir / "train.py"), "--model_name", f"/{name}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.sampled(9, only=True)
+def test_training_goes_on_where_nobody_reads_what_it_says(step_dir, tmp_path):
+    argv = tiny(step_dir).replace("128", "1280") + f"--metrics_file {tmp_path / 'm.jsonl'}"
+    command = [sys.executable, str(step_dir / "train.py"), *argv.split()]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and done.stderr.startswith("note: standard output: No space left")
+    assert (tmp_path / "m.jsonl").read_bytes().count(b"\n") == 20
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        running.stdout.close()
+        said = running.stderr.read()
+    assert running.returncode == 0 and said == b""
+    assert (tmp_path / "m.jsonl").read_bytes().count(b"\n") == 20
 
 
 # --- files of metrics -----------------------------------------------------------------------------
@@ -110,6 +137,19 @@ def test_a_command_may_be_repeated_and_no_other_file_is_emptied(step_dir, worlds
         said = metrics_written(worlds, step_dir, tmp_path / f"{trial}.txt")
         assert said.startswith("--metrics_file ") and "name another file" in said
     assert {file: file.read_bytes() for file in before} == before
+
+
+@pytest.mark.steps(9)
+def test_a_run_that_goes_on_keeps_only_lines_of_its_own(step_dir, worlds, tmp_path):
+    flags = tiny(step_dir).replace("--max_tokens 128 ", "")
+    for name, rate in (("a", 3e-4), ("b", 0.1)):
+        argv = flags + f"--max_tokens 128 --learning_rate {rate} --checkpoint_dir {tmp_path / name}"
+        (found,) = worlds(step_dir, 1).run(run_workers.life, argv)
+        assert found["said"] is None
+    path = tmp_path / "m"
+    assert metrics_written(worlds, step_dir, path, "--learning_rate 0.1 --seed 7") is None
+    said = metrics_written(worlds, step_dir, path, f"--max_tokens 192 --resume {tmp_path / 'a'}")
+    assert "other flags" in said and len(path.read_bytes().splitlines()) == 2
 
 
 @pytest.mark.sampled

@@ -5,9 +5,6 @@ import json
 import random
 import re
 import shutil
-import subprocess
-import sys
-import time
 
 import pytest
 import run_workers
@@ -117,6 +114,38 @@ def test_a_checkpoint_of_another_run_is_not_deleted(step_dir, worlds, saved, tmp
     assert names_in(run) == [f"step_0000000{step}" for step in (2, 4, 6, 8)]
 
 
+def test_a_run_from_elsewhere_does_not_go_into_a_directory_in_use(
+    step_dir, worlds, saved, tmp_path
+):
+    run, argv, _ = copied(saved, tmp_path)
+    shutil.copytree(run, tmp_path / "other")
+    argv = argv.replace(steps(6), steps(8)) + f"--keep_last 1 --resume {tmp_path / 'other'}"
+    (found,) = lives(worlds, step_dir, argv)
+    assert "a run is there already, up to step_00000006" in found["said"]
+    (found,) = lives(worlds, step_dir, argv.replace(f"{tmp_path / 'other'}", f"{run}"))
+    assert found["said"] is None and found["steps"] == [7, 8]  # its own newest
+
+
+def test_files_of_others_are_not_written_over(step_dir, worlds, tmp_path):
+    argv = SHAPE + steps(2) + f"--checkpoint_dir {tmp_path}"
+    (tmp_path / "RESUME").write_text("my resume")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (found,) = lives(worlds, step_dir, argv)
+    assert "its config.json is not of a run" in found["said"]
+    (tmp_path / "config.json").unlink()
+    (found,) = lives(worlds, step_dir, argv)
+    assert found["said"] is None and (tmp_path / "RESUME").read_text() == "my resume"
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"0123"])
+def test_a_run_id_that_is_not_whole_is_made_anew(step_dir, worlds, tmp_path, content):
+    argv = SHAPE + steps(2) + f"--checkpoint_dir {tmp_path}"
+    (tmp_path / ".run_id").write_bytes(content)
+    (found,) = lives(worlds, step_dir, argv)
+    assert found["said"] is None
+    assert re.fullmatch(r"[0-9a-f]{16}\n", (tmp_path / ".run_id").read_text())
+
+
 def test_a_link_is_followed_and_when_old_unlinked(step_dir, worlds, saved, tmp_path):
     run, argv, _ = copied(saved, tmp_path)
     archive = tmp_path / "archive"
@@ -152,8 +181,8 @@ def flip(path, draw):
     files = sorted(file for file in path.rglob("*") if file.is_file())
     file = draw.choice(files)
     content = bytearray(file.read_bytes())
-    # Beginnings hold headers: they are hit as often as all the rest.
-    place = draw.randrange(min(len(content), draw.choice([64, 1024, len(content)])))
+    # Beginnings hold lengths and headers: they are hit as often as all the rest.
+    place = draw.randrange(min(len(content), draw.choice([8, 1024, len(content)])))
     content[place] ^= 1 << draw.randrange(8)
     file.write_bytes(content)
     return f"{file.name} at {place}"
@@ -283,89 +312,3 @@ def test_other_data_is_named(step_dir, worlds, tmp_path, subtests):
     lives(worlds, step_dir, argv + steps(2))
     (found,) = lives(worlds, step_dir, argv + steps(3) + "--resume auto --text_column other")
     assert any("data are not those" in note for note in found["notes"])
-
-
-# --- the lock -------------------------------------------------------------------------------------
-
-
-def test_two_at_once_are_told_apart(step_dir, tmp_path):
-    """Ten processes ask for one directory at the same time: one of them gets it."""
-    code = (
-        "import sys, time; sys.path.insert(0, sys.argv[1]); import lock, errors\n"
-        "mine = lock.Lock(sys.argv[2])\n"
-        "time.sleep(max(0, float(sys.argv[3]) - time.time()))\n"
-        "try:\n    mine.take()\nexcept errors.UserError as error:\n    sys.exit(str(error))\n"
-        "time.sleep(3); mine.check(); mine.release()"
-    )
-    command = [sys.executable, "-c", code, step_dir, tmp_path, str(time.time() + 2)]
-    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(10)]
-    ended = [(process.communicate(timeout=60)[1], process.returncode) for process in running]
-    assert sorted(code for _, code in ended) == [0] + [1] * 9, ended
-    for said, code in ended:
-        assert code == 0 or re.search(r"process \d+ on .* writes there", said), said
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_second_run_gets_one_line(step_dir, worlds, saved, tmp_path):
-    run, argv, _ = copied(saved, tmp_path)
-    held = worlds(step_dir, 2).run(run_workers.holder_of_this_process, run)
-    (found,) = lives(worlds, step_dir, argv + "--resume auto", run_workers.life, None, True)
-    process = int(re.search(r"process (\d+) on \S+ writes there", found["said"])[1])
-    assert process in [own["process"] for own in held]
-
-
-def test_the_lock_of_a_dead_holder_is_taken_at_once(step_dir, worlds, tmp_path, subtests):
-    run = worlds(step_dir, 1).run
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    zombie = subprocess.Popen([sys.executable, "-c", ""])
-    time.sleep(1)  # it has ended, and nobody asked how
-    for case, changes in (
-        ("ended", {"process": dead.pid}),
-        ("ended, not waited for", {"process": zombie.pid}),
-        ("its number is another's", {"started": "1"}),
-    ):
-        with subtests.test(case):
-            run(run_workers.leave_lock, tmp_path, changes)
-            ((said, notes, seconds),) = run(run_workers.taken, tmp_path)
-            assert said is None and not notes and seconds < 5
-            assert not (tmp_path / "LOCK").exists()
-    zombie.wait()
-
-
-def test_the_lock_of_another_host(step_dir, worlds, tmp_path, subtests):
-    run = worlds(step_dir, 1).run
-    for case, changes in (
-        ("another host", {"host": "elsewhere 1"}),
-        ("another container", {"processes": "pid:[1]"}),
-        ("unreadable", None),
-    ):
-        with subtests.test(case):
-            run(run_workers.leave_lock, tmp_path, changes)
-            ((said, notes, seconds),) = run(run_workers.taken, tmp_path, 0.5)
-            assert said is None and len(notes) == 1 and "waiting" in notes[0] and seconds > 0.5
-            run(run_workers.leave_lock, tmp_path, changes)
-            ((said, notes, seconds),) = run(run_workers.taken, tmp_path, 20.0, 1.0)
-            assert "writes there" in said and seconds < 10
-
-
-def test_a_run_that_lost_its_lock_writes_no_more(step_dir, worlds, tmp_path):
-    run = tmp_path / "run"
-    for layout in ("", "--dp_size 2 --micro_batch_size 2"):
-        shutil.rmtree(run, ignore_errors=True)
-        argv = SHAPE + steps(6) + layout + f" --checkpoint_dir {run} --save_every 2"
-        ranks = lives(worlds, step_dir, argv, run_workers.life, None, True, "lock_is_taken")
-        for found in ranks:
-            assert found["steps"] == [1, 2, 3, 4] and "process 7 on elsewhere" in found["said"]
-        assert names_in(run) == ["LOCK", "step_00000002"] and not list(run.glob(".step_*"))
-
-
-def test_a_run_that_ended_meanwhile_is_noticed(step_dir, worlds, tmp_path):
-    argv = SHAPE + f"--checkpoint_dir {tmp_path}"
-    (said,) = worlds(step_dir, 1).run(run_workers.begun_after, argv, "step_00000002")
-    assert "another run has just written there" in said and names_in(tmp_path) == ["step_00000002"]
-
-
-def test_the_holder_renews_its_lock(step_dir, worlds, tmp_path):
-    ((first, second),) = worlds(step_dir, 1).run(run_workers.renewed, tmp_path)
-    assert second > first

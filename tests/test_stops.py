@@ -56,7 +56,9 @@ def wait_for(metrics, running, lines=1):
 
 
 @pytest.mark.sampled
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
+)
 def test_without_a_place_to_save_to_a_signal_is_one_line(step_dir, tmp_path, number):
     """At moments drawn from the whole of a run, its imports included."""
     metrics = tmp_path / "metrics.jsonl"
@@ -104,7 +106,7 @@ CASES = {
     "SIGTERM to the launcher": (signal.SIGTERM, "the launcher", ()),
     "SIGTERM to a rank": (signal.SIGTERM, "a rank", ()),
 }
-DEFAULT = ["Ctrl-C, torchrun as it is", "SIGUSR1 to the launcher"]
+DEFAULT = ["Ctrl-C, torchrun as it is"]
 
 
 @pytest.fixture(scope="module")

@@ -23,12 +23,28 @@ def spoil(how, folder):
         (folder / "tokens.npy").write_bytes(b"")
     elif how == "about empty":
         (folder / "about.json").write_text("")
-    else:
+    elif how == "about a list":
         (folder / "about.json").write_text("[]")
+    elif how == "no notes":
+        about = (folder / "about.json").read_text()
+        (folder / "about.json").write_text(about.replace('"notes"', '"notez"'))
+    else:
+        name, place = {
+            "tokens of zeros": ("tokens.npy", 128),
+            "a bit of the header": ("tokens.npy", 8),
+            "a bit of the held-out tokens": ("held_out.npy", 130),
+        }[how]
+        content = bytearray((folder / name).read_bytes())
+        content[place] ^= 1 << 6
+        if how == "tokens of zeros":
+            content[place:] = bytes(len(content) - place)
+        (folder / name).write_bytes(content)
 
 
 @pytest.mark.parametrize(
-    "how", ["tokens gone", "held-out tokens cut", "tokens empty", "about empty", "about a list"]
+    "how",
+    ["tokens gone", "held-out tokens cut", "tokens empty", "about empty", "about a list"]
+    + ["tokens of zeros", "a bit of the header", "a bit of the held-out tokens", "no notes"],
 )
 def test_what_is_not_whole_in_the_cache_is_made_anew(step_dir, load, tmp_path, how):
     (tmp_path / "texts").mkdir()
