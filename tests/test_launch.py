@@ -35,7 +35,7 @@ def test_variables_of_a_launcher_that_are_there_in_part(step_dir, worlds, subtes
             assert all(name in said for name in missing) and "\n" not in said
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(2, only=True)
 @pytest.mark.steps(2)
 @pytest.mark.parametrize(
     "wrong", [{"RANK": "x"}, {"WORLD_SIZE": "two"}, {"RANK": "1"}, {"LOCAL_WORLD_SIZE": ""}]

@@ -78,7 +78,9 @@ def foreign_names(draw):
     }
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 12))]
+)
 def test_what_others_put_there_stays(step_dir, worlds, saved, tmp_path, seed):
     run, argv, _ = copied(saved, tmp_path)
     draw, others = random.Random(seed), []
@@ -188,7 +190,13 @@ def flip(path, draw):
     return f"{file.name} at {place}"
 
 
-@pytest.mark.parametrize("flags, trials", [(LAYOUTS[0], 24), (LAYOUTS[1], 6)])
+MANY = [(LAYOUTS[0], 200), (LAYOUTS[1], 40)]
+
+
+@pytest.mark.parametrize(
+    "flags, trials",
+    [(LAYOUTS[0], 16), (LAYOUTS[1], 4)] + [pytest.param(*m, marks=pytest.mark.slow) for m in MANY],
+)
 def test_a_flipped_bit_is_noticed(step_dir, worlds, saved, tmp_path, subtests, flags, trials):
     """Under --resume DIR it is one line; under --resume auto an older one is gone on with."""
     draw = random.Random(0)

@@ -55,7 +55,7 @@ def wait_for(metrics, running, lines=1):
         time.sleep(0.02)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(1, only=True)
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
 )
@@ -81,7 +81,7 @@ def test_without_a_place_to_save_to_a_signal_is_one_line(step_dir, tmp_path, num
         metrics.unlink(missing_ok=True)
 
 
-@pytest.mark.sampled(9, only=True)
+@pytest.mark.slow
 @pytest.mark.steps(2)
 def test_ctrl_c_on_several_ranks_is_one_line(step_dir, tmp_path):
     """A terminal sends it to the launcher and to all ranks."""

@@ -217,7 +217,7 @@ def test_a_file_of_flags_that_cannot_be_written_is_one_line(step_dir, tmp_path):
     (tmp_path / "run" / "config.json").mkdir(parents=True)
     argv = SMALL + f"--max_tokens 64 --checkpoint_dir {tmp_path / 'run'}"
     (said,) = launch(step_dir, argv).errors[0].splitlines()
-    assert said.startswith(f"error: {tmp_path / 'run' / 'config.json'}: ")
+    assert said.startswith(f"error: --checkpoint_dir {tmp_path / 'run'}: its config.json is not")
 
 
 def test_lines_of_steps_that_are_trained_again_are_dropped(step_dir, worlds, tmp_path):
