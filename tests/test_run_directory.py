@@ -168,6 +168,7 @@ def test_what_cannot_be_deleted_stays_and_training_goes_on(step_dir, worlds, sav
     (found,) = lives(worlds, step_dir, argv, run_workers.undeletable, "step_00000002")
     assert found["said"] is None and found["steps"] == [7, 8, 9]
     assert any("can't be deleted (Device or resource busy)" in note for note in found["notes"])
+    assert not any("is not saved" in note for note in found["notes"])
     assert names_in(run) == ["step_00000009"]
     (found,) = lives(worlds, step_dir, argv.replace(steps(9), steps(10)))  # it can be now
     assert found["said"] is None and not list(run.glob(".step_*"))
