@@ -1,5 +1,6 @@
 """A run's life at random: killed, stopped, out of room, in combination, and gone on with."""
 
+import contextlib
 import os
 import random
 import signal
@@ -39,18 +40,19 @@ def happen(event, draw, running, run):
     ranks = ranks_of(running)
     if running.poll() is not None or not ranks:
         return
-    if event == "kill a rank":
-        os.kill(draw.choice(ranks), signal.SIGKILL)
-    elif event == "kill all":
-        for rank in ranks:
-            os.kill(rank, signal.SIGKILL)
-    elif event == "stop":
-        number = draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-        who = draw.choice(["terminal", "launcher", "rank"])
-        if who == "terminal":
-            os.killpg(running.pid, number)
-        else:
-            os.kill(running.pid if who == "launcher" else draw.choice(ranks), number)
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        if event == "kill a rank":
+            os.kill(draw.choice(ranks), signal.SIGKILL)
+        elif event == "kill all":
+            for rank in ranks:
+                os.kill(rank, signal.SIGKILL)
+        elif event == "stop":
+            number = draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+            who = draw.choice(["terminal", "launcher", "rank"])
+            if who == "terminal":
+                os.killpg(running.pid, number)
+            else:
+                os.kill(running.pid if who == "launcher" else draw.choice(ranks), number)
 
 
 @pytest.mark.parametrize("seed", range(40))
