@@ -146,16 +146,17 @@ def check_metrics_file(args):
     check_writable("--metrics_file", path)
     if path is None or not Path(path).is_file():
         return
-    if Path(path).stat().st_size == 0 and not flags_beside(path).exists():
+    empty = Path(path).stat().st_size == 0
+    if empty and not flags_beside(path).exists():
         return
     *lines, _ = Path(path).read_bytes().split(b"\n")  # the last one may be cut off
     try:
         before = json.loads(flags_beside(path).read_text())
     except (OSError, ValueError):
         before = None
-    if not isinstance(before, dict) or None in map(step_of, lines):
+    if not isinstance(before, dict) or "metrics_file" not in before or None in map(step_of, lines):
         raise UserError(f"--metrics_file {path}: it holds something else; name another file")
-    if not same_flags(before, args.flags):
+    if not empty and not same_flags(before, args.flags):
         raise UserError(
             f"--metrics_file {path}: it is of a run of other flags, which are in "
             f"{flags_beside(path)}; name another file"

@@ -49,7 +49,7 @@ def stop(error):
     """Print the one line and exit with code 2, before other libraries add words of their own."""
     if RANK > 0:
         time.sleep(10)  # the launcher ends this rank here if the first one has spoken
-    sys.stdout.flush()
+    print(end="", flush=True)  # what was said before
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in f"error: {error}")
     print(line, file=sys.stderr, flush=True)
     os._exit(2)
@@ -70,7 +70,8 @@ if Path(sys.argv[0]).absolute().parent == Path(__file__).absolute().parent:  # n
 
 def run(main, parse_args):
     """Run a program on its command line; what is wrong with that, or with a file, is one line."""
-    sys.stdout = Output(sys.stdout)
+    if sys.stdout is not None:  # as where it was closed
+        sys.stdout = Output(sys.stdout)
     full = os.strerror(errno.ENOSPC)
     try:
         main(parse_args(sys.argv[1:]))

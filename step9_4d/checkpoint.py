@@ -255,32 +255,32 @@ def load(state):
     tensors = tensors_of(state.parameters, state.optimizer)
 
     def read():
-        about = read_about("--resume", args.resume)
-        read_tensors(tensors, args.resume, about["files"])
-        return about
+        read_tensors(tensors, args.resume, args.resumed["files"])
 
     def next_older():
         return newest_sound("--resume", [p for p in args.found if p.name < args.resume.name])
 
-    while (about := read_by_all(args, world, read)) is None:
+    while not read_by_all(args, world, read):
         args.damaged.append(args.resume)
         args.resume, args.resumed = pg.from_first(world, next_older)
         if args.resume is None:
             raise UserError("--resume auto: no checkpoint here is sound: name another directory")
         compare(args, args.resumed)
-    compare_data(args, about)
+    compare_data(args, args.resumed)
     state.engine.finish_update()
-    state.step = about["step"]
+    state.step = args.resumed["step"]
     for entry in state.optimizer.state.values():
         entry["step"].fill_(state.step)
 
 
 def read_by_all(args, world, read):
-    """What `read` returns, None where a rank finds damage and an older checkpoint may do."""
+    """Whether no rank finds damage. Raises UserError where no older checkpoint may do."""
     try:
-        return pg.from_all(world, read)[0]
+        pg.from_all(world, read)
+        return True
     except UserError as error:
         if not args.auto:
             remedy = "the checkpoint is damaged, name another one"
             raise UserError(f"--resume {error}: {remedy}") from None
         note(f"--resume auto: {error}; an older one is tried")
+        return False

@@ -8,6 +8,7 @@ A checkpoint is complete or absent: written under a hidden name, then renamed. D
 has a name of ours exactly, and was written here.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -65,22 +66,22 @@ def write_about(directory, about):
         os.fsync(file.fileno())
 
 
-def read_about(flag, path):
+def read_about(flag, path, remedy=", name another one"):
     """The checkpoint.json of a checkpoint, once its files are found to be there and whole.
 
     The tensors' checksums are compared when they are read. Raises UserError.
     """
 
     def damaged(why):
-        return UserError(f"{flag} {path}: {why}: the checkpoint is damaged, name another one")
+        return UserError(f"{flag} {path}: {why}: the checkpoint is damaged{remedy}")
 
     try:
         text = (path / "checkpoint.json").read_text()
         about = json.loads(text)
         if isinstance(about, dict) and "step" in about:
             raise UserError(
-                f"{flag} {path}: a checkpoint of an older format, which this program can't read: "
-                "go on with the program that wrote it, or name another one"
+                f"{flag} {path}: a checkpoint of an older format, which only the program that "
+                f"wrote it can read{remedy}"
             )
         if text != sealed(about["about"]) or not KEYS <= (about := about["about"]).keys():
             raise damaged("checkpoint.json is not as it was written")
@@ -104,7 +105,7 @@ def newest_sound(flag, found):
     """
     for path in reversed(found):
         try:
-            return path, read_about(flag, path)
+            return path, read_about(flag, path, remedy="")
         except UserError as error:
             problem = error
             note(f"{error}" if path == found[0] else f"{error}; an older one is tried")
@@ -164,7 +165,8 @@ def complete(aside, directory, step):
     aside.rename(path)
     for changed in (path, path.parent):  # that a name is there survives a loss of power
         handle = os.open(changed, os.O_RDONLY)
-        os.fsync(handle)
+        with contextlib.suppress(OSError):  # not every file system does that for directories
+            os.fsync(handle)
         os.close(handle)
 
 

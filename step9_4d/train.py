@@ -65,7 +65,8 @@ def setup(args):
     tokens, validation = load_tokens(args, mesh.world, device)
     check_tokenizer(args, mesh.world)
     args.data = identity(tokens)
-    args.resume = pg.from_first(mesh.world, lambda: args.resume)  # one checkpoint for all
+    # One checkpoint for all.
+    args.resume, args.resumed = pg.from_first(mesh.world, lambda: (args.resume, args.resumed))
 
     with torch.device("meta"):  # no memory yet: a rank will hold only its own part
         model = Llama(args.config, DTYPES[args.dtype], args.activation_checkpointing)
