@@ -625,14 +625,21 @@ def rectangles():
     axes.text(19.6, 17, "in the checkpoint", fontsize=9.5, weight="bold")
     text = "each part's key is its place in the\nfull tensor; nobody's layout"
     axes.text(19.6, 15.3, text, fontsize=8, va="center")
-    files = [f"{rank:05d}_0000.safetensors" for rank in range(6)]
+    files = [f"{rank:05d}_0000" for rank in range(6)]
     for rank, name in enumerate(files):
         box(axes, 19.6, 11.2 - rank * 1.4, 5.6, 1.15, "", COLOURS[rank])
         axes.text(
-            22.4, 11.75 - rank * 1.4, name, fontsize=6, ha="center", va="center",
+            22.4, 11.75 - rank * 1.4, name, fontsize=7.5, ha="center", va="center",
             color="white", family="monospace",
         )  # fmt: skip
-    axes.text(22.4, 2.6, "checkpoint.json:\nsizes, checksums", fontsize=8, ha="center", va="center")
+    axes.text(
+        22.4,
+        2.6,
+        "six .safetensors; checkpoint.json\nhas sizes and checksums",
+        fontsize=8,
+        ha="center",
+        va="center",
+    )
     arrow(axes, (14.6, 8.3), (19.3, 8.3))
     arrow(axes, (25.6, 8.3), (30.2, 8.3))
 

@@ -14,7 +14,7 @@ from errors import (
     positive_float,
     positive_int,
 )
-from metrics import check_metrics_file
+from metrics_file import check_metrics_file
 from presets import load_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}

@@ -14,7 +14,7 @@ from errors import (
     positive_float,
     positive_int,
 )
-from metrics import check_metrics_file
+from metrics_file import check_metrics_file
 from presets import load_config
 from started import check_world, world_size
 

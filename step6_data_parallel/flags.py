@@ -16,7 +16,7 @@ from errors import (
     positive_int,
 )
 from files import local_files
-from metrics import check_metrics_file
+from metrics_file import check_metrics_file
 from presets import load_config
 from started import check_world
 from tensor_parallel import check_tensor_parallel

@@ -20,7 +20,7 @@ from errors import (
 from files import local_files
 from huggingface import load_checked_config
 from interleaved import PIPELINE_ENGINES, check_interleaved
-from metrics import check_metrics_file
+from metrics_file import check_metrics_file
 from pipeline_parallel import check_pipeline_parallel
 from started import check_world
 from tensor_parallel import check_tensor_parallel

@@ -314,3 +314,31 @@ def newest_whole(directory):
     resharding.read_tensors(tensors, path, about["files"])
     assert resharding.all_finite(tensors)
     return about["step"]
+
+
+def written_in_parts(path):
+    """What a file of metrics holds whose disk takes a few bytes at a time, and at times none."""
+    import metrics_file
+
+    class Disk:
+        def __init__(self, file):
+            self.file, self.calls = file, 0
+
+        def write(self, data):
+            self.calls += 1
+            if self.calls % 3 == 2:
+                raise OSError(28, "No space left on device")
+            return self.file.write(data[:7])
+
+        def close(self):
+            self.file.close()
+
+    found = metrics_file.MetricsFile(path, {})
+    found.file = Disk(found.file)
+    for step in range(1, 6):
+        found.write({"step": step})
+    found.file = found.file.file  # there is room again
+    found.file.write(found.waiting)
+    found.waiting = b""
+    found.close()
+    return Path(path).read_bytes()

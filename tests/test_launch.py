@@ -93,6 +93,9 @@ def test_training_goes_on_where_nobody_reads_what_it_says(step_dir, tmp_path):
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 0 and done.stderr.startswith("note: standard output: No space left")
     assert (tmp_path / "m.jsonl").read_bytes().count(b"\n") == 20
+    shell = " ".join(command) + " >&-"
+    done = subprocess.run(shell, shell=True, stderr=subprocess.PIPE)
+    assert done.returncode == 0 and done.stderr == b""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         running.stdout.close()
         said = running.stderr.read()
@@ -124,8 +127,13 @@ def test_a_command_may_be_repeated_and_no_other_file_is_emptied(step_dir, worlds
     for name, rate in (("v1.0", 3e-4), ("v1.1", 0.1)):
         of = json.loads((tmp_path / f"{name}.config.json").read_text())
         assert of["learning_rate"] == rate and of["metrics_file"] == str(tmp_path / name)
-    (tmp_path / "empty").touch()
-    assert metrics_written(worlds, step_dir, tmp_path / "empty") is None
+    for rate in ("0.2", "0.3"):  # nothing is lost with an empty file, of whatever run
+        (tmp_path / "empty").write_bytes(b"")
+        said = metrics_written(worlds, step_dir, tmp_path / "empty", f"--learning_rate {rate}")
+        assert said is None
+    (tmp_path / "mine.config.json").write_text('{"mine": 1}')
+    assert "name another file" in metrics_written(worlds, step_dir, tmp_path / "mine")
+    assert (tmp_path / "mine.config.json").read_text() == '{"mine": 1}'
     draw, before = random.Random(0), {}
     for trial in range(10):
         content = draw.choice([
@@ -150,6 +158,13 @@ def test_a_run_that_goes_on_keeps_only_lines_of_its_own(step_dir, worlds, tmp_pa
     assert metrics_written(worlds, step_dir, path, "--learning_rate 0.1 --seed 7") is None
     said = metrics_written(worlds, step_dir, path, f"--max_tokens 192 --resume {tmp_path / 'a'}")
     assert "other flags" in said and len(path.read_bytes().splitlines()) == 2
+
+
+@pytest.mark.sampled(1, only=True)
+@pytest.mark.steps(1, 8, only=True)
+def test_lines_of_which_only_a_part_was_written(step_dir, worlds, tmp_path):
+    (found,) = worlds(step_dir, 1).run(run_workers.written_in_parts, str(tmp_path / "m"))
+    assert found == b"".join(b'{"step": %d}\n' % step for step in range(1, 6))
 
 
 @pytest.mark.sampled

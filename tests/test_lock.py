@@ -15,22 +15,45 @@ from test_run_directory import SHAPE, lives, steps
 pytestmark = pytest.mark.steps(9)
 
 
-def test_two_at_once_are_told_apart(step_dir, tmp_path):
-    """Six processes ask for one directory at the same time: one of them gets it."""
-    code = (
-        "import sys, time; sys.path.insert(0, sys.argv[1]); import lock, errors\n"
-        "mine = lock.Lock(sys.argv[2])\n"
-        "time.sleep(max(0, float(sys.argv[3]) - time.time()))\n"
-        "try:\n    mine.take()\nexcept errors.UserError as error:\n    sys.exit(str(error))\n"
-        "time.sleep(3); mine.check(); mine.release()"
-    )
-    command = [sys.executable, "-c", code, step_dir, tmp_path, str(time.time() + 2)]
-    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(6)]
+ASK = """
+import os, random, sys, time
+from pathlib import Path
+
+step_dir, directory, count = sys.argv[1:]
+sys.path.insert(0, step_dir)
+import errors, lock
+
+gone = lock.is_gone  # which takes its time here: others look and write meanwhile
+lock.is_gone = lambda holder: time.sleep(random.uniform(0, 0.5)) or gone(holder)
+mine = lock.Lock(directory)
+Path(f"{directory}.{os.getpid()}.ready").touch()
+while len(list(Path(directory).parent.glob("*.ready"))) < int(count):
+    time.sleep(0.01)
+try:
+    mine.take()
+except errors.UserError as error:
+    sys.exit(str(error))
+time.sleep(2)
+try:
+    mine.check()
+except errors.UserError:
+    sys.exit(2)  # another one has it, too
+mine.release()
+"""
+
+
+def test_those_that_ask_at_once_are_told_apart(step_dir, worlds, tmp_path):
+    """One of four gets the lock of a dead holder, and no other one takes it away."""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    worlds(step_dir, 1).run(run_workers.leave_lock, directory, {"started": "1"})
+    command = [sys.executable, "-c", ASK, step_dir, directory, "4"]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
     ended = [(process.communicate(timeout=60)[1], process.returncode) for process in running]
-    assert sorted(code for _, code in ended) == [0] + [1] * 5, ended
+    assert sorted(code for _, code in ended) == [0, 1, 1, 1], ended
     for said, code in ended:
         assert code == 0 or re.search(r"process \d+ on .* writes there", said), said
-    assert not list(tmp_path.iterdir())
+    assert not list(directory.iterdir())
 
 
 def test_a_second_run_gets_one_line(step_dir, worlds, tmp_path):

@@ -220,6 +220,15 @@ def test_a_flipped_bit_is_noticed(step_dir, worlds, saved, tmp_path, subtests, f
         shutil.rmtree(run)
 
 
+def test_a_header_with_another_dtype_is_noticed(step_dir, worlds, saved, tmp_path):
+    """The tensors' own bytes, and so their checksums, are as they were."""
+    run, argv, _ = copied(saved, tmp_path)
+    file = run / "step_00000006" / "00000_0000.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"F32"', b'"I32"'))
+    (found,) = lives(worlds, step_dir, argv + f"--resume {run / 'step_00000006'}")
+    assert "its header is not as it was written" in found["said"]
+
+
 @pytest.mark.parametrize("how", ["truncated", "deleted", "emptied"])
 def test_a_file_that_is_not_whole_is_noticed(step_dir, worlds, saved, tmp_path, subtests, how):
     for name in names_in(saved()[0] / "step_00000006"):
