@@ -45,7 +45,6 @@ def parse_args(argv):
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--compile", nargs="?", const="inductor", choices=["inductor", "aot_eager"])
-    parser.add_argument("--recompute_elementwise", action="store_true", help="with --compile")
     parser.add_argument("--activation_checkpointing", action="store_true")
     # reports
     parser.add_argument("--run_name", help="of the run in Weights & Biases")
@@ -54,8 +53,6 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     args.flags = dict(vars(args))  # as they were given
 
-    if args.recompute_elementwise and not args.compile:
-        raise UserError("--recompute_elementwise: it is the compiler that does it; add --compile")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -39,7 +39,7 @@ def setup(args):
         model = Llama(args.config, DTYPES[args.dtype], args.activation_checkpointing)
     materialize(model, args.seed, device)
     if args.compile:
-        model.compile_layers(args.compile, args.recompute_elementwise)
+        model.compile_layers(args.compile)
 
     parameters = list(model.parameters())
     optimizer = build_optimizer(parameters, args.learning_rate, args.weight_decay)

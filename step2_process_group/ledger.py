@@ -28,11 +28,6 @@ def record(axis, collective, size):
         entry[1] += size
 
 
-def report_traffic(mesh):
-    """Predicted traffic of what every step reports: its peak memory, one float64."""
-    return [("world", "all_reduce", 1, 8)] if mesh.world.size > 1 else []
-
-
 @contextlib.contextmanager
 def communication_ledger(mesh, active, predicted):
     """Print the first rank's collectives in the block, beside what the formulas predict.

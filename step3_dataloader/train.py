@@ -10,12 +10,13 @@ import math
 from dataclasses import dataclass
 
 import torch
+from traffic import predicted_traffic
 
 import process_group as pg
 from corpus import load_tokens
 from dataloader import Batches
 from flags import DTYPES, parse_args
-from ledger import communication_ledger, report_traffic
+from ledger import communication_ledger
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
@@ -47,7 +48,7 @@ def setup(args):
         model = Llama(args.config, DTYPES[args.dtype], args.activation_checkpointing)
     materialize(model, args.seed, device)
     if args.compile:
-        model.compile_layers(args.compile, args.recompute_elementwise)
+        model.compile_layers(args.compile)
 
     parameters = list(model.parameters())
     optimizer = build_optimizer(parameters, args.learning_rate, args.weight_decay)
@@ -137,7 +138,7 @@ def main(args):
         print(state.mesh)
     while state.step < args.total_steps:
         counting = args.comm_ledger and state.step == 0
-        with communication_ledger(state.mesh, counting, report_traffic(state.mesh)):
+        with communication_ledger(state.mesh, counting, predicted_traffic(state)):
             result = train_step(state)
         if world.is_first:
             metrics.log(result)

@@ -28,12 +28,6 @@ def record(axis, collective, size):
         entry[1] += size
 
 
-def report_traffic(mesh, model_group, parameters):
-    """What every step sends: its peak memory, and the gradient norm of so many parameters."""
-    rows = [(mesh.world, 8), (model_group, 8 * parameters)]
-    return [(group.axis, "all_reduce", 1, size) for group, size in rows if group.size > 1]
-
-
 @contextlib.contextmanager
 def communication_ledger(mesh, active, predicted):
     """Print the first rank's collectives in the block, beside what the formulas predict.

@@ -10,36 +10,11 @@ import math
 
 import torch
 import torch.nn.functional as F
+from attention import causal_attention
 from torch import nn
-from torch._functorch import config as partitioner
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from rms_norm import rms_norm
-
-# PyTorch tries them in this order and takes the first that knows the dtype. On an H200 cuDNN is
-# faster than flash, be it PyTorch's or the package flash-attn.
-SDPA_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-
-
-def causal_attention(q, k, v):
-    """Causal softmax attention; every key/value head serves heads / kv_heads query heads.
-
-    q: [batch, seq, heads, head_dim]; k, v: [batch, seq, kv_heads, head_dim]; returns the shape of
-    q. Source: FlashAttention-2 (arXiv:2307.08691), GQA (arXiv:2305.13245).
-    """
-    if q.is_cuda and q.dtype == torch.float32:
-        # The only fused kernel for float32 does not know grouped heads.
-        k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [batch, heads, seq, head_dim]
-    with sdpa_kernel(SDPA_BACKENDS, set_priority=True):
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return out.transpose(1, 2)  # [batch, seq, heads, head_dim]
 
 
 def cross_entropy(logits, targets):
@@ -183,17 +158,14 @@ class Decoder(nn.Module):
         self.config, self.dtype = config, dtype
         self.activation_checkpointing = activation_checkpointing
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        # By number: a stage of a pipeline, which has some of them, keeps their names.
-        self.layers = nn.ModuleDict(
-            {str(i): DecoderLayer(config) for i in range(config.num_hidden_layers)}
-        )
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, tokens, positions):  # [batch, seq], [seq]
         x = self.embed_tokens(tokens).to(self.dtype)  # [batch, seq, hidden]
         table_dtype = torch.promote_types(self.dtype, torch.float32)
         cos, sin = rotary_tables(positions, self.config, table_dtype)
-        for layer in self.layers.values():
+        for layer in self.layers:
             if self.activation_checkpointing:
                 # No randomness in a layer, so no generator state to save (arXiv:1604.06174).
                 x = checkpoint(layer, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
@@ -235,16 +207,9 @@ class Llama(nn.Module):
         logits = self.lm_head(self.model(tokens, positions))  # [batch, seq, vocab]
         return self.cross_entropy(logits, targets)
 
-    def compile_layers(self, backend, recompute_elementwise=False):
-        """Compile each decoder layer and the loss: all layers share one compiled graph.
-
-        recompute_elementwise: casts of weights, norms and the gated product, which the backward
-        pass would read, are computed there again. Source: arXiv:2205.05198, section 5.
-        """
-        # Nothing public asks the compiler for that (torch 2.13), nor for one model only. By default
-        # it keeps what a product of backward reads: that has to be written to memory either way.
-        partitioner.ban_recompute_materialized_backward = not recompute_elementwise
-        for layer in self.model.layers.values():
+    def compile_layers(self, backend):
+        """Compile each decoder layer and the loss: all layers share one compiled graph."""
+        for layer in self.model.layers:
             layer.compile(backend=backend)
         self.cross_entropy = torch.compile(self.cross_entropy, backend=backend)
 

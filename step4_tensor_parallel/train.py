@@ -10,17 +10,18 @@ import math
 from dataclasses import dataclass
 
 import torch
+from traffic import predicted_traffic
 
 import process_group as pg
 from corpus import load_tokens
 from dataloader import Batches
 from flags import DTYPES, parse_args
-from ledger import communication_ledger, report_traffic
+from ledger import communication_ledger
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
 from started import together
-from tensor_parallel import apply_tensor_parallel, tensor_parallel_traffic
+from tensor_parallel import apply_tensor_parallel
 
 
 @dataclass
@@ -49,7 +50,7 @@ def setup(args):
     apply_tensor_parallel(model, mesh.group("tp"), args.sequence_parallel)
     materialize(model, args.seed, device)
     if args.compile:
-        model.compile_layers(args.compile, args.recompute_elementwise)
+        model.compile_layers(args.compile)
 
     parameters = list(model.parameters())
     optimizer = build_optimizer(parameters, args.learning_rate, args.weight_decay)
@@ -127,12 +128,6 @@ def train_step(state):
         "tokens": state.step * args.tokens_per_step,
         "memory_gb": memory,
     }
-
-
-def predicted_traffic(state):
-    """What the formulas of all lessons say of a step: rows of (axis, collective, calls, bytes)."""
-    report = report_traffic(state.mesh, state.mesh.group("tp"), len(state.model.parameter_names))
-    return report + tensor_parallel_traffic(state.args, state.model)
 
 
 @together

@@ -10,23 +10,23 @@ import math
 from dataclasses import dataclass
 
 import torch
+from traffic import predicted_traffic
 
 import process_group as pg
 from context_parallel import (
     apply_context_parallel,
-    context_parallel_traffic,
     sum_gradients,
     zigzag_positions,
 )
 from corpus import load_tokens
 from dataloader import Batches
 from flags import DTYPES, parse_args
-from ledger import communication_ledger, report_traffic
+from ledger import communication_ledger
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
 from started import together
-from tensor_parallel import apply_tensor_parallel, tensor_parallel_traffic
+from tensor_parallel import apply_tensor_parallel
 
 
 @dataclass
@@ -56,7 +56,7 @@ def setup(args):
     apply_context_parallel(model, mesh.group("cp"), args.compile)
     materialize(model, args.seed, device)
     if args.compile:
-        model.compile_layers(args.compile, args.recompute_elementwise)
+        model.compile_layers(args.compile)
 
     parameters = list(model.parameters())
     optimizer = build_optimizer(parameters, args.learning_rate, args.weight_decay)
@@ -137,14 +137,6 @@ def train_step(state):
         "tokens": state.step * args.tokens_per_step,
         "memory_gb": memory,
     }
-
-
-def predicted_traffic(state):
-    """What the formulas of all lessons say of a step: rows of (axis, collective, calls, bytes)."""
-    model_group, data_group = state.mesh.group("tp"), state.mesh.group("cp")
-    report = report_traffic(state.mesh, model_group, data_group, len(state.model.parameter_names))
-    report += context_parallel_traffic(state.args, state.model, state.mesh.group("cp"))
-    return report + tensor_parallel_traffic(state.args, state.model)
 
 
 @together

@@ -10,7 +10,6 @@ Ranks along cp read other tokens too, so the group of an engine is dp x cp.
 Source: PyTorch DDP (arXiv:2006.15704), section 3.2.
 """
 
-import functools
 import itertools
 
 import torch
@@ -33,6 +32,9 @@ class Naive:
         for parameter in self.parameters:
             parameter.grad = None
 
+    def on_gradient(self, parameter):
+        """Called when a backward pass has added to the gradient of a parameter; too early here."""
+
     def finish_gradients(self):
         """Call after the last backward pass; the gradients of `parameters` are complete then."""
         for parameter in self.parameters:
@@ -40,12 +42,6 @@ class Naive:
 
     def finish_update(self):
         """Call after the optimizer's step; the model's weights are those of all ranks then."""
-
-    def traffic(self, micro_batches):
-        """What it sends in a step, by the formula: rows of (axis, collective, calls, bytes)."""
-        if self.group.size == 1:
-            return []
-        return [(self.group.axis, "all_reduce", 1, p.nbytes) for p in self.parameters]
 
 
 class Bucket:
@@ -135,11 +131,10 @@ class Bucketed(Naive):
     def __init__(self, model, group):
         super().__init__(model, group)
         self.buckets = [Bucket(part, group) for part in self.cut(model)]
+        self.bucket_of = {p: bucket for bucket in self.buckets for p in bucket.parameters}
         self.running = []  # what is under way: (bucket, sent, received, handle)
-        for bucket in self.buckets:
-            hook = functools.partial(self.on_gradient, bucket)
-            for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(hook)
+        for parameter in self.bucket_of:
+            parameter.register_post_accumulate_grad_hook(self.on_gradient)
 
     def cut(self, model):
         """Lists of parameters, one a bucket, in the order in which backward meets them.
@@ -152,8 +147,8 @@ class Bucketed(Naive):
         outside = [[p] for p in self.parameters if ".layers." not in p.global_name]
         return cut_by_size(inside, self.bucket_bytes) + outside
 
-    def on_gradient(self, bucket, parameter):
-        """Hook: a backward pass has added to the gradient of one parameter of a bucket."""
+    def on_gradient(self, parameter):
+        bucket = self.bucket_of[parameter]
         if bucket.arrived() and self.last_backward:
             self.running.append((bucket, *self.reduce(bucket)))
 
@@ -175,6 +170,3 @@ class Bucketed(Naive):
 
     def reduced(self, bucket, received):
         """Take what a reduction gave; here it is where it belongs."""
-
-    def traffic(self, micro_batches):
-        return [(self.group.axis, "all_reduce", 1, bucket.nbytes) for bucket in self.buckets]

@@ -66,25 +66,14 @@ class Zero1(Bucketed):
         out, handle = pg.all_gather(shard, self.group, out=bucket.weights, async_op=True)
         return handle
 
-    def traffic(self, micro_batches):
-        return self.reductions(1) + self.gathers(1)
-
-    def reductions(self, calls):
-        return [(self.group.axis, "reduce_scatter", calls, b.nbytes) for b in self.buckets]
-
-    def gathers(self, calls):
-        return [(self.group.axis, "all_gather", calls, b.weights.nbytes) for b in self.buckets]
-
 
 class Zero2(Zero1):
     """And keeps the gradients of only that shard: every micro-batch's are sent off at once."""
 
-    def on_gradient(self, bucket, parameter):
+    def on_gradient(self, parameter):
+        bucket = self.bucket_of[parameter]
         if bucket.arrived():
             self.running.append((bucket, *self.reduce(bucket)))
-
-    def traffic(self, micro_batches):
-        return self.reductions(micro_batches) + self.gathers(1)
 
 
 class Zero3(Zero2):
@@ -117,7 +106,7 @@ class Zero3(Zero2):
             bucket.before = bucket.after = None
         for bucket, after in itertools.pairwise(self.layers):
             bucket.after, after.before = after, bucket
-        for bucket, layer in zip(self.layers, model.model.layers.values(), strict=True):
+        for bucket, layer in zip(self.layers, model.model.layers, strict=True):
             bucket.in_backward = False
             layer.register_forward_pre_hook(functools.partial(self.before_forward, bucket))
             layer.register_forward_hook(functools.partial(self.after_forward, bucket))
@@ -125,7 +114,7 @@ class Zero3(Zero2):
 
     def cut(self, model):
         norms = [p for p in self.parameters if p.dim() < 2]
-        layers = [list(layer.parameters()) for layer in model.model.layers.values()]
+        layers = [list(layer.parameters()) for layer in model.model.layers]
         layers = [[p for p in layer if p.dim() > 1] for layer in layers]
         inside = {parameter for layer in layers for parameter in layer}
         outside = [[p] for p in self.parameters if p.dim() > 1 and p not in inside]
@@ -180,12 +169,6 @@ class Zero3(Zero2):
     def finish_update(self):
         for bucket in self.buckets:  # what an evaluation left here is out of date
             self.drop(bucket)
-
-    def traffic(self, micro_batches):
-        # Forward and backward; once for the last layer, the head and the norms, which stay in
-        # between, and for the embedding, which backward does not need.
-        gathers = self.gathers(micro_batches)
-        return self.reductions(micro_batches) + gathers + gathers[: len(self.layers) - 1]
 
 
 ENGINES = {"naive": Naive, "bucket": Bucketed, "zero1": Zero1, "zero2": Zero2, "zero3": Zero3}

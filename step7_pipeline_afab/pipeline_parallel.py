@@ -8,7 +8,7 @@ Source: GPipe (arXiv:1811.06965), section 2.3.
 """
 
 import collections
-import math
+import itertools
 import warnings
 import weakref
 
@@ -37,31 +37,10 @@ def check_pipeline_parallel(args):
 
 
 def deal_layers(config, stages):
-    """Which layers each stage holds, a range for each, so that the largest cost is smallest.
-
-    The cost of a layer is the number of its weights; the first stage also has the embedding, the
-    last one the head.
-    """
+    """Which layers each stage holds: a list of ranges, of lengths that differ by one at most."""
     layers = config.num_hidden_layers
-    kv_width = config.num_key_value_heads * config.head_dim
-    width = config.num_attention_heads * config.head_dim + kv_width
-    layer = config.hidden_size * (2 * width + 3 * config.intermediate_size)
-    table = config.hidden_size * config.vocab_size
-
-    def cost(stage, start, stop):
-        return (stop - start) * layer + table * (stage == 0) + table * (stage == stages - 1)
-
-    # best[stop]: the smallest largest cost of the stages so far, which end before layer `stop`.
-    best = {0: (0, [])}
-    for stage in range(stages):
-        reached = {}
-        for start, (largest, dealt) in best.items():
-            for stop in range(start + 1, layers + 1):
-                found = max(largest, cost(stage, start, stop)), [*dealt, range(start, stop)]
-                if stop not in reached or found[0] < reached[stop][0]:
-                    reached[stop] = found
-        best = reached
-    return best[layers][1]
+    ends = [layers * stage // stages for stage in range(stages + 1)]
+    return [range(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 def apply_pipeline_parallel(model, group):
@@ -73,9 +52,7 @@ def apply_pipeline_parallel(model, group):
     if group.size == 1:
         return
     mine = deal_layers(model.model.config, group.size)[group.rank]
-    for name in list(model.model.layers):
-        if int(name) not in mine:
-            del model.model.layers[name]
+    model.model.layers = nn.ModuleList(model.model.layers[i] for i in mine)
     if not group.is_first:
         model.model.embed_tokens = nn.Identity()
     if not group.is_last:
@@ -218,13 +195,3 @@ def all_forward_all_backward(stage, micro_batches):
     while stage.alive:
         grad = stage.talk(stage.after, receive=True)
         stage.talk(stage.before, send=stage.backward(grad))
-
-
-def pipeline_parallel_traffic(args, group, parameters):
-    """What this stage sends in a step: rows of (axis, collective, calls, bytes)."""
-    number = {"bfloat16": 2, "float32": 4, "float64": 8}[args.dtype]
-    size = math.prod(message_shape(args)) * number
-    ways = (not group.is_first) + (not group.is_last)  # gradients back, activations on
-    rows = [("pp", "send", ways * args.gradient_accumulation_steps, size)] if ways else []
-    shared = [p for p in parameters if hasattr(p, "shared")]
-    return rows + [("ends", "all_reduce", 1, parameter.nbytes) for parameter in shared]

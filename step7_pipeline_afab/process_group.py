@@ -31,13 +31,11 @@ def init_processes(device_type):
 
     Returns this rank's device: a GPU of its own on CUDA (NCCL), the CPU otherwise (gloo).
     """
-    # Long, because the others wait while the first rank tokenises; the launcher, not this, ends
-    # the job when a rank dies.
+    # Long, because the others may wait for work that one rank does for all; when a rank dies, the
+    # launcher ends the job, not this.
     options = {"backend": "gloo", "timeout": timedelta(hours=1)}
     device = torch.device(device_type)
     if device_type == "cuda":
-        # In segments that grow, what is freed can hold a tensor of any size: less of it lies idle.
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         options.update(backend="nccl", device_id=device)

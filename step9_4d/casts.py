@@ -15,7 +15,7 @@ def cast_of(weight):
     return getattr(weight, "cast", weight)
 
 
-def hand_over(weight, cast):
+def hand_over(weight, engine, cast):
     """Hook: add the gradient that a backward pass has found for a cast to its weight's.
 
     The sum is in float32, and one kernel makes it; autograd would first make a float32 copy.
@@ -25,13 +25,11 @@ def hand_over(weight, cast):
     else:
         weight.grad += cast.grad
     cast.grad = None
-    # The hooks of step 6, which nothing public runs: autograd knows only those of the cast.
-    for hook in (weight._post_accumulate_grad_hooks or {}).values():
-        hook(weight)
+    engine.on_gradient(weight)  # autograd has told it of no gradient of the weight
 
 
 @contextlib.contextmanager
-def shared_casts(model, args):
+def shared_casts(model, engine, args):
     """Inside, all micro-batches of a step use one cast of each matrix.
 
     There is none for a single micro-batch, nor where layers are computed again and keep no casts;
@@ -45,7 +43,7 @@ def shared_casts(model, args):
         weights = [w for w in weights if "embed_tokens" not in w.global_name and w.dtype != dtype]
     for weight in weights:
         weight.cast = weight.detach().to(dtype).requires_grad_()
-        hook = functools.partial(hand_over, weight)
+        hook = functools.partial(hand_over, weight, engine)
         weight.cast.register_post_accumulate_grad_hook(hook)
     try:
         yield

@@ -194,23 +194,5 @@ def apply_context_parallel(model, group, backend=None):
         kv = torch.stack([k, v])  # one message
         return RingAttention.apply(q.transpose(1, 2), kv, ring).transpose(1, 2)
 
-    for layer in model.model.layers.values():
+    for layer in model.model.layers:
         layer.self_attn.attention = attention
-
-
-def context_parallel_traffic(args, model, group):
-    """What this rank sends in a step: rows of (axis, collective, calls, bytes)."""
-    cp, config = args.cp_size, args.config
-    if cp == 1:
-        return []
-    number = {"bfloat16": 2, "float32": 4, "float64": 8}[args.dtype]  # bytes of one
-    tokens = args.micro_batch_size * args.seq_len // cp
-    block = 2 * tokens * config.num_key_value_heads // args.tp_size * config.head_dim
-    rings = args.gradient_accumulation_steps * len(model.model.layers)
-    forwards = 2 if args.activation_checkpointing else 1
-    travels = forwards * (cp - 1) + cp - 2  # the way back begins with a block that is there
-    later = cp - 1 - group.rank  # ranks to which all their keys' gradients go; to others, half
-    return [
-        ("cp", "send", rings * (travels + later), block * number),
-        ("cp", "send", rings * group.rank, block * number // 2),
-    ]

@@ -62,8 +62,8 @@ def parse_args(argv):
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--compile", nargs="?", const="inductor", choices=["inductor", "aot_eager"])
-    parser.add_argument("--recompute_elementwise", action="store_true", help="with --compile")
     parser.add_argument("--activation_checkpointing", action="store_true")
+    parser.add_argument("--recompute_elementwise", action="store_true", help="with --compile")
     # layout
     parser.add_argument("--tp_size", type=positive_int, default=1, help="ranks that share a layer")
     parser.add_argument("--sequence_parallel", action="store_true", help="and what is between them")

@@ -158,7 +158,7 @@ def generate(model, group, prompt, args, ends):
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(args.seed % 2**64)
-    for layer in model.model.layers.values():
+    for layer in model.model.layers:
         layer.self_attn.attention = Cache(len(prompt) + args.max_new_tokens)
     tokens, start, new = [], 0, prompt
     for _ in range(args.max_new_tokens):

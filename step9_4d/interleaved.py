@@ -105,12 +105,8 @@ def chunk_of(model, index, is_first, is_last):
     whole = model.model
     with torch.device("meta"):
         chunk = Llama(whole.config, whole.dtype, whole.activation_checkpointing)
-    mine = {
-        name: layer
-        for name, layer in whole.layers.items()
-        if next(layer.parameters()).chunk_number == index
-    }
-    chunk.model.layers = nn.ModuleDict(mine)
+    mine = [x for x in whole.layers if next(x.parameters()).chunk_number == index]
+    chunk.model.layers = nn.ModuleList(mine)
     chunk.model.embed_tokens = whole.embed_tokens if is_first else nn.Identity()
     chunk.model.norm = whole.norm if is_last else nn.Identity()
     chunk.lm_head = model.lm_head if is_last else nn.Identity()

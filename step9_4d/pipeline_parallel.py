@@ -11,7 +11,6 @@ Sources: GPipe (arXiv:1811.06965), section 2.3; PipeDream-Flush (arXiv:2006.0950
 """
 
 import collections
-import math
 import warnings
 import weakref
 
@@ -76,13 +75,10 @@ def apply_pipeline_parallel(model, group, chunks=1):
     if group.size == 1:
         return
     dealt = deal_layers(model.model.config, group.size * chunks)[group.rank :: group.size]
-    for name, layer in list(model.model.layers.items()):
-        chunk = next((i for i, layers in enumerate(dealt) if int(name) in layers), None)
-        if chunk is None:
-            del model.model.layers[name]
-            continue
-        for parameter in layer.parameters():
+    for chunk, mine in enumerate(dealt):
+        for parameter in nn.ModuleList(model.model.layers[i] for i in mine).parameters():
             parameter.chunk_number = chunk
+    model.model.layers = nn.ModuleList(model.model.layers[i] for mine in dealt for i in mine)
     if not group.is_first:
         model.model.embed_tokens = nn.Identity()
     if not group.is_last:
@@ -242,14 +238,3 @@ def one_forward_one_backward(stage, micro_batches):
 
 
 SCHEDULES = {"afab": all_forward_all_backward, "1f1b": one_forward_one_backward}
-
-
-def pipeline_parallel_traffic(args, group, parameters):
-    """What this stage sends in a step: rows of (axis, collective, calls, bytes)."""
-    number = {"bfloat16": 2, "float32": 4, "float64": 8}[args.dtype]
-    size = math.prod(message_shape(args)) * number
-    ways = 2 * args.pp_chunks - group.is_first - group.is_last  # gradients back, activations on
-    calls = ways * args.gradient_accumulation_steps
-    rows = [("pp", "send", calls, size)] if group.size > 1 else []
-    shared = [p for p in parameters if hasattr(p, "shared")]
-    return rows + [("ends", "all_reduce", 1, parameter.nbytes) for parameter in shared]

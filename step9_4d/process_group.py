@@ -32,8 +32,8 @@ def init_processes(device_type):
 
     Returns this rank's device: a GPU of its own on CUDA (NCCL), the CPU otherwise (gloo).
     """
-    # Long, because the others wait while the first rank tokenises; the launcher, not this, ends
-    # the job when a rank dies.
+    # Long, because the others may wait for work that one rank does for all; when a rank dies, the
+    # launcher ends the job, not this.
     options = {"backend": "gloo", "timeout": timedelta(hours=1)}
     device = torch.device(device_type)
     if device_type == "cuda":

@@ -10,19 +10,20 @@ import math
 from dataclasses import dataclass
 
 import torch
+from traffic import predicted_traffic
 
 import process_group as pg
 from casts import shared_casts
 from checkpoint import identity, last_good, listen, load, save_if_due
 from config_file import write_config
-from context_parallel import apply_context_parallel, context_parallel_traffic, zigzag_positions
+from context_parallel import apply_context_parallel, zigzag_positions
 from corpus import load_tokens
 from data_parallel import Naive
 from dataloader import Batches
 from flags import DTYPES, parse_args
 from huggingface import check_tokenizer, load_hf, save_hf
 from interleaved import build_stage
-from ledger import communication_ledger, report_traffic
+from ledger import communication_ledger
 from lock import alone
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
@@ -30,11 +31,10 @@ from optimizer import build_optimizer, clip_gradients, gradient_norm, learning_r
 from pipeline_parallel import (
     Stage,
     apply_pipeline_parallel,
-    pipeline_parallel_traffic,
     sum_shared_gradients,
 )
 from started import together
-from tensor_parallel import apply_tensor_parallel, tensor_parallel_traffic
+from tensor_parallel import apply_tensor_parallel
 from zero import data_parallel
 
 
@@ -98,7 +98,7 @@ def mean_loss(state, micro_batches, targets_in_all, backward):
     targets_in_all: of all micro-batches together. Each one's sum is divided by it, so that the
     sum of the gradients is the gradient of the mean.
     """
-    with shared_casts(state.model, state.args):
+    with shared_casts(state.model, state.engine, state.args):
         total = state.stage.run(micro_batches, targets_in_all, backward)
     return pg.all_reduce(total, state.mesh.group("pp", "dp", "cp"))
 
@@ -164,17 +164,6 @@ def train_step(state):
         "tokens": state.step * args.tokens_per_step,
         "memory_gb": memory,
     }
-
-
-def predicted_traffic(state):
-    """What the formulas of all lessons say of a step: rows of (axis, collective, calls, bytes)."""
-    model_group = state.mesh.group("pp", "tp", *state.engine.axes)
-    data_group = state.mesh.group("pp", "dp", "cp")
-    report = report_traffic(state.mesh, model_group, data_group, len(state.model.parameter_names))
-    report += context_parallel_traffic(state.args, state.model, state.mesh.group("cp"))
-    report += pipeline_parallel_traffic(state.args, state.mesh.group("pp"), state.parameters)
-    report += state.engine.traffic(state.args.gradient_accumulation_steps)
-    return report + tensor_parallel_traffic(state.args, state.model)
 
 
 @together

@@ -1,0 +1,16 @@
+"""The traffic between the stages of a pipeline, by formula."""
+
+import math
+
+from pipeline_parallel import message_shape
+
+
+def pipeline_parallel_traffic(args, group, parameters):
+    """What this stage sends in a step: rows of (axis, collective, calls, bytes)."""
+    number = {"bfloat16": 2, "float32": 4, "float64": 8}[args.dtype]
+    size = math.prod(message_shape(args)) * number
+    ways = 2 * args.pp_chunks - group.is_first - group.is_last  # gradients back, activations on
+    calls = ways * args.gradient_accumulation_steps
+    rows = [("pp", "send", calls, size)] if group.size > 1 else []
+    shared = [p for p in parameters if hasattr(p, "shared")]
+    return rows + [("ends", "all_reduce", 1, parameter.nbytes) for parameter in shared]
