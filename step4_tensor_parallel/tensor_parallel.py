@@ -1,12 +1,12 @@
 """Tensor parallelism: every matrix of a layer is dealt out over the ranks of a group.
 
-The first matrices of attention and MLP (q, k, v; gate, up) are cut by rows, so that each rank
-computes some of the heads and some of the intermediate features; the last one (o; down) is cut by
-columns, so that each rank has a share of a sum. That sum is the one collective in between: two a
-layer forward, two backward. Source: Megatron-LM (arXiv:1909.08053), section 3.
+The first matrices of attention and MLP (q, k, v; gate, up) are dealt out by output features: a rank
+computes some of the heads and some of the intermediate features. The last ones (o; down) are dealt
+out by input features: a rank computes a share of a sum. Each block needs one sum over the ranks
+forward, and one backward. Source: Megatron-LM (arXiv:1909.08053), section 3.
 
-With sequence parallelism what lies between these blocks (norms, residuals) is dealt out by tokens:
-each all-reduce becomes a reduce-scatter and an all-gather. Source: arXiv:2205.05198, section 4.2.
+With sequence parallelism the norms and residuals between the blocks are dealt out by tokens. Each
+all-reduce becomes a reduce-scatter and an all-gather. Source: arXiv:2205.05198, section 4.2.
 """
 
 import functools
@@ -36,10 +36,8 @@ def check_tensor_parallel(args):
 
 
 # Between the blocks x is [batch, seq, hidden] on every rank, or with sequence parallelism
-# [batch, seq / tp, hidden]. Which tokens a rank has does not matter there, for nothing mixes them:
-# so the batch is cut as it lies in memory, and neither cutting nor joining copies anything.
-
-
+# [batch, seq / tp, hidden]. Nothing there mixes tokens, so any share of them will do for a rank.
+# The batch is cut as it lies in memory: neither cutting nor joining copies anything.
 def cut(x, group):
     """View x as the parts of all ranks: [batch, seq, hidden] -> [tp * batch, seq / tp, hidden]."""
     return x.view(group.size * x.shape[0], x.shape[1] // group.size, x.shape[2])
@@ -90,7 +88,7 @@ class SumGradient(torch.autograd.Function):
 
 
 class ColumnParallel(torch.autograd.Function):
-    """y = x Wᵀ for several weights whose rows are dealt out. Identity forward, all-reduce backward.
+    """y = x Wᵀ for some W, output features dealt out. Identity forward, all-reduce backward.
 
     With sequence parallelism all-gather forward, reduce-scatter backward; the gathered x is dropped
     after use and gathered again for the weights' gradients.
@@ -151,7 +149,7 @@ def communicate(function, x, group):
 
 
 class ColumnParallelLinear(nn.Module):
-    """A linear layer with the rows of its weight dealt out: [..., in] -> [..., out / tp]."""
+    """A linear layer with its output features dealt out: [..., in] -> [..., out / tp]."""
 
     def __init__(self, linear, group, sequence_parallel):
         super().__init__()
@@ -163,7 +161,7 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """A linear layer with the columns of its weight dealt out: [..., in / tp] -> [..., out]."""
+    """A linear layer with its input features dealt out: [..., in / tp] -> [..., out]."""
 
     def __init__(self, linear, group, sequence_parallel):
         super().__init__()

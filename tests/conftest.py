@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+import milestones
 import pytest
 from harness import Run, World, run_steps
 
@@ -19,6 +20,7 @@ def step_number(path):
 
 def pytest_addoption(parser):
     parser.addoption("--step-dir", type=Path, help="check this version of a step, and only it")
+    parser.addoption("--milestone", type=int, help="only the checks up to this one of its lesson")
 
 
 def pytest_configure(config):
@@ -29,6 +31,7 @@ def pytest_configure(config):
         "sampled(*steps, only=False): the first and the last of the chosen steps, and these; with "
         "only=True just these; on others it is slow",
     )
+    config.addinivalue_line("markers", "milestone(step, number): a check of a step's milestone")
     config.addinivalue_line(
         "markers",
         "steps(first, last): the steps that a test runs on; with --step-dir any from the first on, "
@@ -41,9 +44,11 @@ def pytest_generate_tests(metafunc):
         return
     marker = metafunc.definition.get_closest_marker("steps")
     first, last = (*marker.args, 99)[:2] if marker else (1, 99)
+    if milestone := metafunc.definition.get_closest_marker("milestone"):
+        first = last = milestone.args[0]
     own = metafunc.config.getoption("--step-dir")
     if own:  # what an early step shows once, later ones still have to do
-        only = marker and marker.kwargs.get("only")
+        only = milestone or (marker and marker.kwargs.get("only"))
         fits = first <= step_number(own) and not (only and step_number(own) > last)
         chosen = [own.absolute()] if fits else []
     else:
@@ -59,11 +64,67 @@ def pytest_generate_tests(metafunc):
     )
 
 
+# --- a reader's own version -----------------------------------------------------------------------
+
+NEWS = pytest.StashKey()  # what a reader is told at the end, and whether it is good
+
+
+def pytest_sessionstart(session):
+    """Stop at once where nothing can be checked yet; else show less of what fails."""
+    config, own = session.config, session.config.getoption("--step-dir")
+    if not own:
+        return
+    step_number(own)
+    config.option.maxfail = config.option.maxfail or 1
+    config.option.tbstyle = "short" if config.option.tbstyle == "auto" else config.option.tbstyle
+    last = config.getoption("--milestone")
+    if last and last not in milestones.titles(own):
+        known = ", ".join(map(str, milestones.titles(own)))
+        raise pytest.UsageError(f"--milestone {last}: the milestones of this step are {known}")
+    if last:
+        config.args = [str(milestones.checks(own))]
+    if config.option.keyword:  # the reader has chosen
+        return
+    found = milestones.missing(own.absolute())
+    if found and found[0] <= (last or 99):
+        config.stash[NEWS] = found[1], False
+        if found[0] == 1:
+            pytest.exit(found[1], returncode=1)
+        config.args = [str(milestones.checks(own))]
+        config.option.milestone = found[0] - 1
+
+
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--step-dir"):
-        others = [item for item in items if "step_dir" not in item.fixturenames]
-        items[:] = [item for item in items if "step_dir" in item.fixturenames]
-        config.hook.pytest_deselected(items=others)
+    if not config.getoption("--step-dir"):
+        return
+    last = config.getoption("--milestone") or 99
+    mine = [i for i in items if "step_dir" in i.fixturenames and milestones.of(i) <= last]
+    config.hook.pytest_deselected(items=[item for item in items if item not in mine])
+    items[:] = sorted(mine, key=milestones.of)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+    report = (yield).get_result()
+    own = item.config.getoption("--step-dir")
+    if own and report.failed and milestones.of(item) < 99:
+        item.config.stash[NEWS] = milestones.not_reached(own, milestones.of(item)), False
+
+
+def pytest_sessionfinish(session, exitstatus):
+    own, last = session.config.getoption("--step-dir"), session.config.getoption("--milestone")
+    good = exitstatus == 0 and session.testscollected
+    if own and good and NEWS not in session.config.stash and last:
+        session.config.stash[NEWS] = f"Milestone {last} is reached.", True
+    if good and not session.config.stash.get(NEWS, ("", True))[1]:
+        session.exitstatus = 1
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if NEWS in config.stash:
+        words, good = config.stash[NEWS]
+        terminalreporter.write_sep("=", "your step")
+        terminalreporter.write_line(words, green=good, red=not good)
 
 
 @pytest.fixture(scope="session")
