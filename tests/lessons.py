@@ -30,7 +30,7 @@ NO_LESSON = {"flags.py", "errors.py", "presets.py"}  # and traffic*.py
 LEAST_SHOWN = {9: 80, 10: 80}  # percent of a README; 90 in the other steps, 80 on other pages
 MOST_WORDS = 1500
 SECTIONS = ["Why", "The idea", "By hand", "What changes", "The code", "Run it", "Check yourself",
-            "The same with the library", "Takeaways", "Read more"]  # fmt: skip
+            "Takeaways", "The same with the library", "Read more"]  # fmt: skip
 DIRECTIVE = re.compile(r"(<!-- (code|diff) (\S+\.py): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 TABLE = re.compile(r"(<!-- chain:begin -->\n).*?(<!-- chain:end -->)", re.DOTALL)
 HUNK = re.compile(r"^@@ -\d+(?:,\d+)? \+(\d+)(?:,(\d+))? @@", re.MULTILINE)
