@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import workers
+import workers_setup
 from harness import World
 from launch import machine, ranks_of, table
 
@@ -26,7 +26,7 @@ def seconds_of(argv, rounds):
     import checkpoint
     import process_group as pg
 
-    state = workers.build(argv)
+    state = workers_setup.build(argv)
     world, found = state.mesh.world, []
     directory = Path(state.args.checkpoint_dir)
     for step in range(1, rounds + 1):

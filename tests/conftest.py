@@ -7,6 +7,7 @@ from pathlib import Path
 import milestones
 import pytest
 from harness import Run, World, run_steps
+from small_chain import Chain
 
 ROOT = Path(__file__).parents[1]
 
@@ -166,3 +167,9 @@ def train_on(worlds):
         return kept[key]
 
     return train
+
+
+@pytest.fixture
+def chain(tmp_path):
+    """A repository with a chain of four small steps, and chain.py to run on it."""
+    return Chain(tmp_path)

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import workers
+import workers_steps
 from convergence import ROOT, check_runs
 from harness import World, assemble
 from launch import machine, ranks_of, sequences_of, table
@@ -50,11 +50,11 @@ def measure(runs, after, flags, dtype):
     """[distances of each RUN in that dtype] after some steps of training with the first one."""
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.npz"
-        np.savez(weights, **call(runs[0], flags, "float32", workers.weights_after, after))
-        exact = call(runs[0], flags, "float64", workers.gradients_at, weights, after)
+        np.savez(weights, **call(runs[0], flags, "float32", workers_steps.weights_after, after))
+        exact = call(runs[0], flags, "float64", workers_steps.gradients_at, weights, after)
         rows = []
         for run in tqdm(runs, unit="runs", disable=not sys.stderr.isatty()):
-            found = call(run, flags, dtype, workers.gradients_at, weights, after)
+            found = call(run, flags, dtype, workers_steps.gradients_at, weights, after)
             if found.keys() != exact.keys() or abs(found["loss"] / exact["loss"] - 1) > 1e-3:
                 sys.exit(f"error: {run}: another model or batch than the first RUN's; use --flags")
             rows.append(distances(found, exact))

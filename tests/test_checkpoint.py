@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-import trainer_workers
-import workers
+import workers_setup
+import workers_trainer
 from harness import assemble, assert_close
 from launch import ranks_of, sequences_of
 from layouts import ENGINES
@@ -28,7 +28,7 @@ def batch(layout, micro_batches=2):
 
 def train(worlds, step_dir, argv, until=None):
     """(numbers, full weights) of a run in a world of the size that it wants."""
-    ranks = worlds(step_dir, ranks_of(argv)).run(trainer_workers.train_and_save, argv, until)
+    ranks = worlds(step_dir, ranks_of(argv)).run(workers_trainer.train_and_save, argv, until)
     numbers = ranks[0][0]
     assert all(other == numbers for other, _ in ranks)
     return numbers, assemble([held for _, held in ranks])
@@ -46,7 +46,7 @@ def assert_same_curve(reference, numbers, tolerance=1e-10):
 
 @pytest.mark.parametrize("shape", [(7,), (4, 3), (3, 5), (1, 4), (4, 1)])
 def test_rectangles_are_what_a_rank_holds(step_dir, worlds, shape):
-    ((count, wrong),) = worlds(step_dir, 1).run(trainer_workers.wrong_rectangles, shape)
+    ((count, wrong),) = worlds(step_dir, 1).run(workers_trainer.wrong_rectangles, shape)
     assert count > 10 and not wrong
 
 
@@ -136,7 +136,7 @@ def saved(step_dir, worlds, tmp_path_factory):
     """(directory, flags) of a run of one process with checkpoints of steps 2 and 4."""
     run = tmp_path_factory.mktemp("saved") / "run"
     argv = SHAPE + STEPS + batch("") + f"--checkpoint_dir {run} --save_every 2 "
-    worlds(step_dir, 1).run(trainer_workers.train_and_save, argv)
+    worlds(step_dir, 1).run(workers_trainer.train_and_save, argv)
     return run, argv
 
 
@@ -156,7 +156,7 @@ def saved(step_dir, worlds, tmp_path_factory):
 )
 def test_a_run_that_is_another_one_is_refused(step_dir, worlds, saved, flags, words):
     run, argv = saved
-    (said,) = worlds(step_dir, 1).run(workers.refusal, argv + flags.format(run=run), 1)
+    (said,) = worlds(step_dir, 1).run(workers_setup.refusal, argv + flags.format(run=run), 1)
     assert all(word in said for word in words), said
     assert "\n" not in said
 
@@ -171,13 +171,13 @@ def test_a_run_that_is_another_one_is_refused(step_dir, worlds, saved, flags, wo
     ],
 )
 def test_a_place_is_needed(step_dir, worlds, flags, words):
-    (said,) = worlds(step_dir, 1).run(workers.refusal, flags, 1)
+    (said,) = worlds(step_dir, 1).run(workers_setup.refusal, flags, 1)
     assert all(word in said for word in words), said
 
 
 def test_hosts_that_share_no_directory(step_dir, worlds, tmp_path):
     argv = SHAPE + STEPS + batch("--dp_size 2")
-    for said in worlds(step_dir, 2).run(trainer_workers.saved_apart, argv, tmp_path):
+    for said in worlds(step_dir, 2).run(workers_trainer.saved_apart, argv, tmp_path):
         assert said and "all hosts share" in said
     assert not list(tmp_path.glob("*/step_*"))
 
@@ -187,13 +187,13 @@ def test_a_disk_that_refuses_is_one_line(step_dir, worlds, tmp_path):
         (tmp_path / rank).mkdir()
         (tmp_path / rank / "RESUME").mkdir()  # a directory where a file should be
     argv = SHAPE + STEPS + batch("--dp_size 2")
-    for said in worlds(step_dir, 2).run(trainer_workers.saved_apart, argv, tmp_path):
+    for said in worlds(step_dir, 2).run(workers_trainer.saved_apart, argv, tmp_path):
         assert said and said.startswith("--checkpoint_dir ") and "\n" not in said
 
 
 def test_a_signal_in_the_last_step_leaves_nothing_to_resume(step_dir, worlds, tmp_path):
     argv = SHAPE + STEPS + batch("--dp_size 2") + f"--checkpoint_dir {tmp_path / 'run'}"
-    for step, _, stop in worlds(step_dir, 2).run(trainer_workers.asked_to_stop, argv, 1, 4):
+    for step, _, stop in worlds(step_dir, 2).run(workers_trainer.asked_to_stop, argv, 1, 4):
         assert step == 4 and not stop
     assert names_in(tmp_path / "run") == ["step_00000004"]
 
@@ -212,7 +212,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(step_dir, worlds, tm
     for asked in (0, 1):
         path = tmp_path / str(asked)
         flags = argv.replace(str(tmp_path), str(path))
-        found = worlds(step_dir, 2).run(trainer_workers.asked_to_stop, flags, asked, 2)
+        found = worlds(step_dir, 2).run(workers_trainer.asked_to_stop, flags, asked, 2)
         assert found == [(2, rank == asked, True) for rank in (0, 1)]
         assert (path / "RESUME").read_text() == "step_00000002\n"
         rest, _ = train(worlds, step_dir, flags + "--resume auto")

@@ -13,7 +13,8 @@ import kernel_times
 import kernels
 import numpy as np
 import pytest
-import workers
+import workers_precision
+import workers_steps
 from harness import assemble, assert_close
 from launch import flag, launch, ranks_of, sequences_of
 
@@ -181,7 +182,7 @@ def test_rounding_of_the_heads_product():
 @pytest.mark.steps(3, 3)
 def test_the_heads_gradient_is_autograds(step_dir, worlds):
     argv = SMALL + " --device cpu --dtype float32 --micro_batch_size 6"
-    (error,) = worlds(step_dir, 1).run(workers.error_of_the_heads_gradient, argv)
+    (error,) = worlds(step_dir, 1).run(workers_precision.error_of_the_heads_gradient, argv)
     assert error < 1e-6
 
 
@@ -198,8 +199,8 @@ def test_the_heads_gradient_is_autograds(step_dir, worlds):
 def test_rounding_takes_up_training_where_it_stopped(step_dir, train_on, worlds, tmp_path, layout):
     argv = f"--num_hidden_layers 4 --seq_len 16 --dtype float64 {layout}"
     run, world = train_on(step_dir, 4, argv, 3), worlds(step_dir, 4)
-    np.savez(tmp_path / "w.npz", **assemble(world.run(workers.weights_after, argv, 2)))
-    found = assemble(world.run(workers.gradients_at, argv, tmp_path / "w.npz", 2))
+    np.savez(tmp_path / "w.npz", **assemble(world.run(workers_steps.weights_after, argv, 2)))
+    found = assemble(world.run(workers_steps.gradients_at, argv, tmp_path / "w.npz", 2))
     assert abs(found.pop("loss") - run.metrics[2]["loss"]) < 1e-10
     assert_close(run.gradients[2], found, "gradient of the third step")
 

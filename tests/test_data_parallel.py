@@ -2,7 +2,11 @@
 
 import numpy as np
 import pytest
-import workers
+import workers_data
+import workers_gpu
+import workers_setup
+import workers_sharding
+import workers_steps
 from harness import RankError, World
 from launch import ranks_of
 from layouts import ENGINES
@@ -16,9 +20,11 @@ def test_the_ranks_read_the_sequences_of_one_process(step_dir, worlds, dp, micro
     tokens = np.arange(1000, dtype=np.uint16)
     size = dp * micro_batches
     argv = f"--seq_len 10 --micro_batch_size 2 --gradient_accumulation_steps {size}"
-    ((whole, held_out),) = worlds(step_dir, 1).run(workers.local_batches_of, argv, tokens, 2)
+    ((whole, held_out),) = worlds(step_dir, 1).run(workers_data.local_batches_of, argv, tokens, 2)
     argv = f"--seq_len 10 --micro_batch_size 2 --gradient_accumulation_steps {micro_batches} "
-    ranks = worlds(step_dir, dp).run(workers.local_batches_of, argv + f"--dp_size {dp}", tokens, 2)
+    ranks = worlds(step_dir, dp).run(
+        workers_data.local_batches_of, argv + f"--dp_size {dp}", tokens, 2
+    )
     for index in (0, 1):  # inputs and targets
         read = [batch[index] for batches, _ in ranks for batch in batches]
         every = [batch[index] for batch in whole]
@@ -32,9 +38,11 @@ def test_the_ranks_read_the_sequences_of_one_process(step_dir, worlds, dp, micro
 )
 def test_the_held_out_loss_does_not_depend_on_the_layout(step_dir, worlds, engine):
     argv = "--dtype float64 --num_hidden_layers 2 --seq_len 16 --dataset_name random "
-    (alone,) = worlds(step_dir, 1).run(workers.trained_and_evaluated, argv + "--micro_batch_size 8")
+    (alone,) = worlds(step_dir, 1).run(
+        workers_steps.trained_and_evaluated, argv + "--micro_batch_size 8"
+    )
     argv += f"--micro_batch_size 4 --dp_size 2 --cp_size 2 --dp_engine {engine}"
-    for losses in worlds(step_dir, 4).run(workers.trained_and_evaluated, argv):
+    for losses in worlds(step_dir, 4).run(workers_steps.trained_and_evaluated, argv):
         assert losses == pytest.approx(alone, rel=1e-12)
 
 
@@ -42,7 +50,7 @@ def test_the_held_out_loss_does_not_depend_on_the_layout(step_dir, worlds, engin
 @pytest.mark.steps(6)
 @pytest.mark.parametrize("most", [300_000, 25 * 2**20])
 def test_buckets_are_true_to_their_size(step_dir, worlds, most):
-    buckets, others = worlds(step_dir, 2).run(workers.buckets_of, SMALL, most)
+    buckets, others = worlds(step_dir, 2).run(workers_sharding.buckets_of, SMALL, most)
     assert buckets == others
     outside = [bucket for bucket in buckets if not any(".layers." in name for name, _ in bucket)]
     assert sorted(name for ((name, _),) in outside) == [
@@ -61,13 +69,13 @@ def test_buckets_are_true_to_their_size(step_dir, worlds, most):
 def test_no_tag_of_a_parameter_hides_what_a_tensor_has(step_dir, worlds):
     """`chunk` is a method: where it was no tag, each parameter had another one of these."""
     argv = SMALL + "--pp_size 2 --tie_word_embeddings yes"
-    assert worlds(step_dir, 2).run(workers.tags_of_a_tensor, argv) == [[], []]
+    assert worlds(step_dir, 2).run(workers_setup.tags_of_a_tensor, argv) == [[], []]
 
 
 @pytest.mark.parametrize("engine", ["bucket", "zero1", "zero2", "zero3"])
 def test_reductions_begin_while_backward_goes_on(step_dir, worlds, engine):
     argv = SMALL + f"--dp_size 2 --dp_engine {engine} --gradient_accumulation_steps 2"
-    for missing in worlds(step_dir, 2).run(workers.reductions_during_backward, argv):
+    for missing in worlds(step_dir, 2).run(workers_sharding.reductions_during_backward, argv):
         passes = 1 if engine in ("bucket", "zero1") else 2  # the last micro-batch's, or each one's
         assert missing.count(0) == passes, missing
         assert len(missing) >= 5 * passes
@@ -89,7 +97,7 @@ def test_zero3_gathers_in_bfloat16_the_numbers_that_a_layer_would_cast(step_dir,
 
 def test_the_next_layer_is_gathered_ahead(step_dir, worlds):
     argv = SMALL + "--dp_size 2 --dp_engine zero3"
-    for gathered in worlds(step_dir, 2).run(workers.gathers_of_a_step, argv):
+    for gathered in worlds(step_dir, 2).run(workers_sharding.gathers_of_a_step, argv):
         # (what is gathered, the layer whose turn it is): forward 0 … 3, backward 3 … 0. Outside are
         # the norms, the head and, when it is used, the embedding.
         assert gathered == [
@@ -102,7 +110,7 @@ def test_the_next_layer_is_gathered_ahead(step_dir, worlds):
 def test_an_embedding_is_whole_only_while_it_is_used(step_dir, worlds, tied):
     """Of zero3, untied: its backward pass needs no weights. A tied one is the head, too."""
     argv = SMALL + f"--dp_size 2 --dp_engine zero3 --tie_word_embeddings {tied}"
-    for size in worlds(step_dir, 2).run(workers.bytes_of_the_embedding_at_the_loss, argv):
+    for size in worlds(step_dir, 2).run(workers_sharding.bytes_of_the_embedding_at_the_loss, argv):
         assert size == (0 if tied == "no" else 256 * 128 * 4)
 
 
@@ -116,7 +124,7 @@ def test_owned_bytes_are_those_of_the_zero_paper(step_dir, worlds, dp):
     argv = SMALL + f"--gradient_accumulation_steps 2 --dp_size {dp} --dp_engine "
     for engine in ENGINES:
         zero = int(engine[-1]) if "zero" in engine else 0
-        for found in worlds(step_dir, dp).run(workers.owned_bytes, argv + engine, 300_000):
+        for found in worlds(step_dir, dp).run(workers_sharding.owned_bytes, argv + engine, 300_000):
             whole = 4 * found["parameters"]
             shares = {
                 "weights": 1 / dp if zero > 2 else 1,
@@ -146,7 +154,7 @@ def test_kernel_times_of_several_runs(step_dir):
     argv += "-- -- --dp_engine zero3"
     kernels = [{"name": "nccl_all", "ts": 0, "dur": 1e4}, {"name": "gemm", "ts": 5e3, "dur": 2e4}]
     with World(step_dir, 2) as world:  # of its own: a later one would find `pg` changed
-        said, nothing = world.run(workers.printed_kernel_times, argv, kernels)
+        said, nothing = world.run(workers_gpu.printed_kernel_times, argv, kernels)
     assert not nothing
     rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| `")]
     names = ["", "--dp_engine zero3"]
@@ -169,9 +177,11 @@ def test_kernel_times_of_several_runs(step_dir):
 def test_a_rank_alone_holds_what_it_holds_among_others(step_dir, worlds, layout):
     argv = f"{SMALL} --gradient_accumulation_steps 4 {layout}"
     argv += " --seq_len 24" if "cp" in layout else ""
-    among = worlds(step_dir, ranks_of(layout)).run(workers.owned_bytes, argv)
+    among = worlds(step_dir, ranks_of(layout)).run(workers_sharding.owned_bytes, argv)
     for rank, held in enumerate(among):
-        (alone,) = worlds(step_dir, 1).run(workers.owned_bytes_alone, argv, rank, len(among))
+        (alone,) = worlds(step_dir, 1).run(
+            workers_sharding.owned_bytes_alone, argv, rank, len(among)
+        )
         assert alone == held
 
 
@@ -180,17 +190,17 @@ def test_kernel_times_of_one_rank(step_dir):
     argv += "--dp_size 3"
     kernels = [{"name": "gemm", "ts": 0, "dur": 2e4}]
     with World(step_dir, 1) as world:
-        (said,) = world.run(workers.printed_kernel_times, argv, kernels)
+        (said,) = world.run(workers_gpu.printed_kernel_times, argv, kernels)
     rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| `")]
     assert [row[0] for row in rows] == ["| `--dp_size 4`", "| `--dp_size 3`"]
     assert [row[3] for row in rows] == ["2", "2"]
     with World(step_dir, 1) as world, pytest.raises(RankError, match="error: --rank 2: .* 2 ranks"):
-        world.run(workers.printed_kernel_times, argv.replace("_size 3", "_size 2"), kernels)
+        world.run(workers_gpu.printed_kernel_times, argv.replace("_size 3", "_size 2"), kernels)
 
 
 def test_wrong_calls_of_data_parallelism(step_dir, worlds):
     world = worlds(step_dir, 1)
-    (said,) = world.run(workers.refusal, "--dp_engine zero4", 1)
+    (said,) = world.run(workers_setup.refusal, "--dp_engine zero4", 1)
     assert "--dp_engine" in said and "zero3" in said
-    (said,) = world.run(workers.refusal, "--dp_size 3", 2)
+    (said,) = world.run(workers_setup.refusal, "--dp_size 3", 2)
     assert "dp_size 3" in said and "but 2 started" in said

@@ -12,7 +12,9 @@ import termios
 import numpy as np
 import numpy_llama
 import pytest
-import workers
+import workers_data
+import workers_memory
+import workers_model
 from conftest import step_number
 from harness import World
 from launch import launch, on_two, ranks_of
@@ -69,14 +71,14 @@ def write(kind, folder):
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved", "saved with a split", "texts"])
 def test_every_kind_of_data_set_gives_the_same_tokens(step_dir, cached, kind, tmp_path):
     name = write(kind, tmp_path)
-    ((tokens, _),) = cached(step_dir).run(workers.tokens_of, f"--dataset_name {name}")
+    ((tokens, _),) = cached(step_dir).run(workers_data.tokens_of, f"--dataset_name {name}")
     assert bytes(tokens.astype(np.uint8)) == ENDED
 
 
 def test_a_single_text_file_is_one_document_and_loses_its_nuls(step_dir, cached, tmp_path):
     (tmp_path / "one.txt").write_text("a\0b\n\nc\n")
     argv = f"--dataset_name {tmp_path / 'one.txt'}"
-    ((tokens, _),) = cached(step_dir).run(workers.tokens_of, argv)
+    ((tokens, _),) = cached(step_dir).run(workers_data.tokens_of, argv)
     assert bytes(tokens.astype(np.uint8)) == b"ab\n\nc\n\0"
 
 
@@ -84,14 +86,14 @@ def test_another_column_and_more_processes(step_dir, cached, tmp_path):
     lines = [json.dumps({"story": text * 50}) for text in DOCUMENTS[:2] * 100]
     (tmp_path / "stories.jsonl").write_text("\n".join(lines))
     argv = f"--dataset_name {tmp_path} --text_column story"
-    ((tokens, _),) = cached(step_dir).run(workers.tokens_of, argv + " --num_proc 2")
+    ((tokens, _),) = cached(step_dir).run(workers_data.tokens_of, argv + " --num_proc 2")
     expected = b"".join((text * 50).encode() + b"\0" for text in DOCUMENTS[:2] * 100)
     assert bytes(tokens.astype(np.uint8)) == expected
 
 
 def test_the_byte_tokenizer_is_the_identity(step_dir, cached):
     text = "".join(map(chr, range(1, 2000))) + "東京 🙂  \n\n end"
-    ((ids, back, end, size),) = cached(step_dir).run(workers.byte_tokenizer_round_trip, text)
+    ((ids, back, end, size),) = cached(step_dir).run(workers_data.byte_tokenizer_round_trip, text)
     assert bytes(ids) == text.encode()
     assert back == text
     assert (end, size) == (0, 256)
@@ -104,14 +106,14 @@ def test_a_tokenizer_of_a_local_model(step_dir, cached, tmp_path):
     words = Tokenizer(models.WordLevel({"<end>": 0, "?": 1, "to": 2, "be": 3}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(tmp_path)
-    workers.tiny_config().save_pretrained(tmp_path)
+    workers_model.tiny_config().save_pretrained(tmp_path)
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("to be or\nnot to be")
     argv = f"--model_name {tmp_path} --dataset_name {tmp_path / 'text'}"
-    ((tokens, _),) = cached(step_dir).run(workers.tokens_of, argv)
+    ((tokens, _),) = cached(step_dir).run(workers_data.tokens_of, argv)
     assert tokens.tolist() == [2, 3, 1, 1, 2, 3, 0]
     ((tokens, _),) = cached(step_dir).run(
-        workers.tokens_of, argv + " --tokenizer_name bytes --vocab_size 256"
+        workers_data.tokens_of, argv + " --tokenizer_name bytes --vocab_size 256"
     )
     assert len(tokens) == 19
 
@@ -128,7 +130,7 @@ def test_a_tokenizer_that_was_trained_anew_is_noticed(step_dir, cached, tmp_path
         words.pre_tokenizer = pre_tokenizers.Whitespace()
         made = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
         made.save_pretrained(tmp_path / "tok")
-        ((tokens, _),) = cached(step_dir).run(workers.tokens_of, argv)
+        ((tokens, _),) = cached(step_dir).run(workers_data.tokens_of, argv)
         assert tokens.tolist() == [*ids, 0]
 
 
@@ -140,22 +142,22 @@ def test_the_first_rank_tokenises_once_and_the_others_wait(step_dir, tmp_path):
     caches = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf")}
     size = 3 if step_number(step_dir) == 3 else 2  # replicas, or ranks of its newest axis
     with World(step_dir, size, **caches) as world:
-        (first, heavy), *others = world.run(workers.tokens_of, argv + on_two(step_dir))
+        (first, heavy), *others = world.run(workers_data.tokens_of, argv + on_two(step_dir))
         assert heavy == {"transformers"}  # `datasets` is for the hub and for what it saved
         for tokens, heavy in others:
             assert np.array_equal(tokens, first)
             assert not heavy
     with World(step_dir, 1, **caches) as world:
-        ((tokens, heavy),) = world.run(workers.tokens_of, argv)
+        ((tokens, heavy),) = world.run(workers_data.tokens_of, argv)
         assert np.array_equal(tokens, first)
         assert not heavy, "the cache has the result"
         (tmp_path / "a.txt").write_text("some other text")
-        ((tokens, heavy),) = world.run(workers.tokens_of, argv)
+        ((tokens, heavy),) = world.run(workers_data.tokens_of, argv)
         assert bytes(tokens.astype(np.uint8)) == b"some other text\0"
 
 
 def test_the_standard_library_is_megabytes_of_text(step_dir, worlds):
-    ((tokens, _),) = worlds(step_dir, 1).run(workers.tokens_of, "")
+    ((tokens, _),) = worlds(step_dir, 1).run(workers_data.tokens_of, "")
     assert len(tokens) > 2**22
     assert tokens.max() < 256
     assert (tokens == 0).sum() > 300
@@ -165,8 +167,8 @@ def test_the_standard_library_is_megabytes_of_text(step_dir, worlds):
 
 def test_random_tokens_fill_the_vocabulary(step_dir, worlds):
     argv = "--dataset_name random --vocab_size 300"
-    ((tokens, _),) = worlds(step_dir, 1).run(workers.tokens_of, argv)
-    ((again, heavy),) = worlds(step_dir, 1).run(workers.tokens_of, argv)
+    ((tokens, _),) = worlds(step_dir, 1).run(workers_data.tokens_of, argv)
+    ((again, heavy),) = worlds(step_dir, 1).run(workers_data.tokens_of, argv)
     assert np.array_equal(tokens, again) and not heavy
     assert set(np.unique(tokens)) == set(range(300))
 
@@ -185,7 +187,9 @@ def starts(windows):
 
 def batches(worlds, step_dir, flags, steps, tokens=TOKENS):
     argv = f"--seq_len 10 {flags}"
-    ((found, held_out, count),) = worlds(step_dir, 1).run(workers.batches_of, argv, tokens, steps)
+    ((found, held_out, count),) = worlds(step_dir, 1).run(
+        workers_data.batches_of, argv, tokens, steps
+    )
     return [starts(windows) for windows in found], starts(held_out), count
 
 
@@ -216,13 +220,13 @@ def test_a_text_for_validation_is_held_out_and_nothing_else(step_dir, worlds):
     train, validation = np.arange(1000, dtype=np.uint16), np.arange(5000, 5101, dtype=np.uint16)
     argv = "--seq_len 10 --micro_batch_size 3"
     ((steps, held_out, count),) = worlds(step_dir, 1).run(
-        workers.batches_of, argv, train, range(33), validation
+        workers_data.batches_of, argv, train, range(33), validation
     )
     assert count == 99
     assert sorted(np.concatenate(steps)[:, 0]) == list(range(0, 990, 10))
     assert set(held_out[:, 0]) <= set(range(5000, 5100, 10)) and len(held_out) == 9
     with pytest.raises(Exception, match="10 tokens for validation do not fill one"):
-        worlds(step_dir, 1).run(workers.batches_of, argv, train, [0], validation[:10])
+        worlds(step_dir, 1).run(workers_data.batches_of, argv, train, [0], validation[:10])
 
 
 @pytest.mark.parametrize(
@@ -243,7 +247,7 @@ def test_the_sequences_of_a_step_do_not_depend_on_the_layout(step_dir, worlds, f
 
 def test_a_step_that_was_left_in_the_middle_starts_anew(step_dir, worlds):
     argv = "--seq_len 10 --micro_batch_size 2 --gradient_accumulation_steps 4"
-    ((whole, again),) = worlds(step_dir, 1).run(workers.left_and_read_again, argv, TOKENS)
+    ((whole, again),) = worlds(step_dir, 1).run(workers_data.left_and_read_again, argv, TOKENS)
     assert np.array_equal(whole, again)
 
 
@@ -254,7 +258,9 @@ def test_a_step_that_was_left_in_the_middle_starts_anew(step_dir, worlds):
 def test_the_held_out_loss_is_that_of_the_oracle(step_dir, worlds, split, seq_len, count):
     argv = "--dtype float64 --num_hidden_layers 1 --hidden_size 32 --intermediate_size 32 "
     argv += f"--dataset_name random --seq_len {seq_len} --micro_batch_size {split}"
-    ((loss, weights, config, tokens, targets),) = worlds(step_dir, 1).run(workers.evaluated, argv)
+    ((loss, weights, config, tokens, targets),) = worlds(step_dir, 1).run(
+        workers_data.evaluated, argv
+    )
     assert tokens.shape == (count, seq_len)  # 256 sequences or 16,384 tokens
     places = np.arange(seq_len)
     expected, _ = numpy_llama.loss_and_gradients(weights, config, tokens, targets, places)
@@ -267,7 +273,7 @@ def test_an_evaluation_keeps_one_micro_batch_at_a_time(step_dir, worlds):
     """Nothing goes backward, so nothing lets go of what autograd keeps but the loop itself."""
     argv = "--num_hidden_layers 2 --seq_len 16 --dataset_name random" + on_two(step_dir)
     for one, three in worlds(step_dir, ranks_of(argv)).run(
-        workers.bytes_kept_to_evaluate, argv, [1, 3]
+        workers_memory.bytes_kept_to_evaluate, argv, [1, 3]
     ):
         assert one == three > 0
 
@@ -283,13 +289,13 @@ def test_a_micro_batch_is_loaded_while_the_one_before_is_computed(step_dir, worl
     argv = (
         "--num_hidden_layers 1 --seq_len 16 --dataset_name random --gradient_accumulation_steps 2"
     )
-    (events,) = worlds(step_dir, 1).run(workers.loads_and_passes, argv, 2)
+    (events,) = worlds(step_dir, 1).run(workers_data.loads_and_passes, argv, 2)
     assert events == ["new loader", "load", *4 * ["forward", "load"]]
 
 
 def test_workers_end_with_their_loader(step_dir, worlds):
     argv = "--seq_len 10 --num_workers 2"
-    assert worlds(step_dir, 1).run(workers.forgotten_loader, argv, TOKENS) == [(2, 0)]
+    assert worlds(step_dir, 1).run(workers_data.forgotten_loader, argv, TOKENS) == [(2, 0)]
 
 
 def test_tokenising_shows_a_progress_bar_on_a_terminal(step_dir, tmp_path):

@@ -4,8 +4,11 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 
+import breaks
 import pytest
-import workers
+import workers_data
+import workers_model
+import workers_setup
 from conftest import step_number
 from launch import launch, on_two, ranks_of
 
@@ -69,7 +72,7 @@ def folder(tmp_path_factory):
     zero = {"model_type": "llama", "num_hidden_layers": 0}
     (folder / "zero" / "config.json").write_text(json.dumps(zero))
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
-    workers.tiny_config(rope_parameters=rope).save_pretrained(folder / "yarn")
+    workers_model.tiny_config(rope_parameters=rope).save_pretrained(folder / "yarn")
     (folder / "broken" / "config.json").write_text("{")
     (folder / "mixed" / "a.txt").write_text("text")
     (folder / "mixed" / "b.jsonl").write_text('{"text": "text"}')
@@ -126,7 +129,7 @@ def check_all(step_dir, worlds, folder, subtests, cases, seconds):
     launch_all(step_dir, folder, subtests, {f: cases[f] for f in cases if alone(f)}, seconds)
     calls = [flags for flags in cases if not alone(flags) and not later(flags)]
     argvs = [flags.format(tmp=folder) for flags in calls]
-    (answers,) = worlds(step_dir, 1).run(workers.refusals_of_setup, argvs)
+    (answers,) = worlds(step_dir, 1).run(workers_setup.refusals_of_setup, argvs)
     for flags, said in zip(calls, answers, strict=True):
         with subtests.test(flags):
             assert "\n" not in said
@@ -172,7 +175,7 @@ def test_wrong_calls_of_the_data(step_dir, worlds, folder, subtests):
 def test_a_held_out_loss_that_is_not_a_number_is_an_error(step_dir, worlds):
     """The last update may ruin the weights: no loss of a step would show it."""
     argv = "--dataset_name random --seq_len 8 --num_hidden_layers 2" + on_two(step_dir)
-    for said in worlds(step_dir, ranks_of(argv)).run(workers.held_out_loss_of_ruined, argv):
+    for said in worlds(step_dir, ranks_of(argv)).run(workers_data.held_out_loss_of_ruined, argv):
         assert "held-out loss nan at step 0" in said and "--learning_rate 0.0003" in said
 
 
@@ -186,7 +189,7 @@ def test_wrong_calls_of_the_data_as_launched(step_dir, folder, subtests):
 @pytest.mark.steps(2)
 def test_one_rank_reports_and_the_others_wait_for_it(step_dir):
     flags = "--model_name debugg"
-    late = (workers.__file__.replace("workers.py", "breaks.py"), "late_first_rank")
+    late = (breaks.__file__, "late_first_rank")
     result = launch(step_dir, flags + on_two(step_dir), ranks=2, through=late)
     assert_one_line(result, STEP1[flags], 30)
 
@@ -195,7 +198,7 @@ def test_one_rank_reports_and_the_others_wait_for_it(step_dir):
 @pytest.mark.steps(3)
 def test_an_error_of_the_tokenising_rank_ends_all(step_dir, folder):
     flags = "--dataset_name {tmp}/rows.jsonl"
-    late = (workers.__file__.replace("workers.py", "breaks.py"), "late_first_rank")
+    late = (breaks.__file__, "late_first_rank")
     argv = flags.format(tmp=folder) + on_two(step_dir)
     result = launch(step_dir, argv, ranks=2, through=late)
     assert_one_line(result, STEP3[flags], 30)

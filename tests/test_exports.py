@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import trainer_workers
-import workers
+import workers_setup
+import workers_trainer
 from launch import launch, ranks_of
 from safetensors.torch import load_file
 from test_generate import PIECES, llama2_tokenizer
@@ -47,13 +47,13 @@ def test_no_room_is_said_before_any_work(step_dir, worlds, disk):
     sizes = random.Random(24)
     for _ in range(3):
         path = disk(sizes.randrange(SIZE, 2 * SIZE - 2**16))
-        (said,) = worlds(step_dir, 1).run(workers.refusal, SMALL + f"--save_hf {path}/hf", 1)
+        (said,) = worlds(step_dir, 1).run(workers_setup.refusal, SMALL + f"--save_hf {path}/hf", 1)
         assert said.startswith(f"--save_hf {path}/hf: that takes {2 * SIZE / 1e9:.3g} GB")
         assert "are free" in said and "\n" not in said
     path = disk(2 * SIZE + 2**16)
-    assert worlds(step_dir, 1).run(trainer_workers.parsed, SMALL + f"--save_hf {path}/hf")
+    assert worlds(step_dir, 1).run(workers_trainer.parsed, SMALL + f"--save_hf {path}/hf")
     double = SMALL + f"--save_hf {path}/hf --dtype float64"
-    (said,) = worlds(step_dir, 1).run(workers.refusal, double, 1)
+    (said,) = worlds(step_dir, 1).run(workers_setup.refusal, double, 1)
     assert f"that takes {4 * SIZE / 1e9:.3g} GB" in said
 
 
@@ -65,7 +65,7 @@ def test_a_disk_that_fills_up_leaves_nothing_partial(step_dir, worlds, disk, tmp
     kept = tmp_path / "kept"
     argv += f" --checkpoint_dir {kept}" if layout else ""
     ranks = worlds(step_dir, ranks_of(argv)).run(
-        trainer_workers.full_disk_export, argv, frees, str(path)
+        workers_trainer.full_disk_export, argv, frees, str(path)
     )
     for found in ranks:
         assert len(found) == len(frees) + 1
@@ -83,7 +83,7 @@ def test_a_disk_that_fills_up_leaves_nothing_partial(step_dir, worlds, disk, tmp
     if layout:  # what is named does it
         shutil.rmtree(path / "hf")
         worlds(step_dir, 1).run(
-            trainer_workers.exported, f"--checkpoint {kept}/step_00000002 --save_hf {path}/hf"
+            workers_trainer.exported, f"--checkpoint {kept}/step_00000002 --save_hf {path}/hf"
         )
         assert AutoModelForCausalLM.from_pretrained(path / "hf").num_parameters() == SIZE // 4
 
@@ -95,11 +95,11 @@ def test_weights_that_found_no_room_twice_can_be_exported_elsewhere(
     path = disk(4 * SIZE)
     argv = SMALL + f"--save_hf {path}/hf --micro_batch_size 4"
     (((said, _),),) = worlds(step_dir, 1).run(
-        trainer_workers.full_disk_export, argv, [3 * SIZE // 2], str(path), False
+        workers_trainer.full_disk_export, argv, [3 * SIZE // 2], str(path), False
     )
     parts = re.search(r"--checkpoint (\S+) --save_hf", said)[1]
     worlds(step_dir, 1).run(
-        trainer_workers.exported, f"--checkpoint {parts} --save_hf {tmp_path}/elsewhere"
+        workers_trainer.exported, f"--checkpoint {parts} --save_hf {tmp_path}/elsewhere"
     )
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere")
     assert exported.num_parameters() == SIZE // 4
@@ -115,7 +115,7 @@ def test_numbers_that_are_not_finite_are_not_exported(step_dir, worlds, tmp_path
     ]
     argv = SMALL + f"--save_hf {tmp_path}/hf {layout}"
     world = worlds(step_dir, ranks_of(argv))
-    for said in world.run(trainer_workers.spoiled_export, argv, spoiled):
+    for said in world.run(workers_trainer.spoiled_export, argv, spoiled):
         assert len(said) == 3
         for name, line in zip([norm, norm, head], said, strict=True):
             assert line.startswith(f"--save_hf {tmp_path}/hf: {name} has numbers that are not")
@@ -153,40 +153,40 @@ def test_all_end_tokens_and_the_padding_survive(step_dir, worlds, tmp_path):
     defaults["eos_token_id"] = [2, 50]
     (source / "generation_config.json").write_text(json.dumps(defaults))
     argv = f"--load_hf {source} --dataset_name random --seq_len 128 --max_tokens 512 "
-    run(trainer_workers.train_and_save, argv + f"--save_hf {tmp_path}/a")
+    run(workers_trainer.train_and_save, argv + f"--save_hf {tmp_path}/a")
     assert ids_in(tmp_path / "a") == [1, [2, 40, 50], 7, 1, [2, 50], 7]
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert config["max_position_embeddings"] == 128  # 64 before
     # A tokenizer with another end: the configuration's ids mean nothing to it.
-    run(trainer_workers.train_and_save, argv + f"--tokenizer_name bytes --save_hf {tmp_path}/b")
+    run(workers_trainer.train_and_save, argv + f"--tokenizer_name bytes --save_hf {tmp_path}/b")
     assert ids_in(tmp_path / "b") == [None, 0, None, None, 0, None]
     # By way of a checkpoint, which says them or, as before, does not.
-    run(trainer_workers.train_and_save, argv + f"--checkpoint_dir {tmp_path}/run")
+    run(workers_trainer.train_and_save, argv + f"--checkpoint_dir {tmp_path}/run")
     call = f"--checkpoint {tmp_path}/run --save_hf {tmp_path}/"
     several = {**known, "eos_token_id": [2, 40, 50]}
-    run(trainer_workers.exported, call + f"c --tokenizer_name {source}", several)
+    run(workers_trainer.exported, call + f"c --tokenizer_name {source}", several)
     assert ids_in(tmp_path / "c") == [1, [2, 40, 50], 7, 1, [2, 50], 7]
-    run(trainer_workers.exported, call + "d --tokenizer_name bytes", several)
+    run(workers_trainer.exported, call + "d --tokenizer_name bytes", several)
     assert ids_in(tmp_path / "d") == [None, 0, None, None, 0, None]
 
 
 def test_a_checkpoint_with_a_tokenizer_of_its_own(step_dir, worlds, tmp_path):
     run = worlds(step_dir, 1).run
     argv = SMALL + f"--checkpoint_dir {tmp_path}/run --vocab_size {len(PIECES)}"
-    run(trainer_workers.train_and_save, argv)
+    run(workers_trainer.train_and_save, argv)
     (checkpoint,) = (tmp_path / "run").glob("step_*")
     shutil.rmtree(checkpoint / "tokenizer", ignore_errors=True)
     llama2_tokenizer(checkpoint / "tokenizer")
     call = f"--checkpoint {tmp_path}/run "
     for flag, name in (("", f"{checkpoint}/tokenizer"), ("--tokenizer_name bytes", "bytes")):
-        assert run(trainer_workers.tokenizer_for_generating, call + flag) == [name]
-        run(trainer_workers.exported, call + f"--save_hf {tmp_path}/{name[-5:]} " + flag)
+        assert run(workers_trainer.tokenizer_for_generating, call + flag) == [name]
+        run(workers_trainer.exported, call + f"--save_hf {tmp_path}/{name[-5:]} " + flag)
     there = [
         json.loads((tmp_path / name / "tokenizer.json").read_text()) for name in ("nizer", "bytes")
     ]
     assert ["▁def" in words["model"]["vocab"] for words in there] == [True, False]
     shutil.rmtree(checkpoint / "tokenizer")
-    assert run(trainer_workers.tokenizer_for_generating, call) == ["bytes"]
+    assert run(workers_trainer.tokenizer_for_generating, call) == ["bytes"]
 
 
 def test_a_head_of_its_own_in_a_tied_model_and_a_stale_index(step_dir, worlds, tmp_path):
@@ -199,16 +199,16 @@ def test_a_head_of_its_own_in_a_tied_model_and_a_stale_index(step_dir, worlds, t
     head = table.clone()
     save(tensors | {"lm_head.weight": head}, file)
     argv = f"--load_hf {path} --dtype float64 --dataset_name random --seq_len 32 "
-    (same,) = run(trainer_workers.first_loss, argv)  # as `torch.save` of a tied model had it
+    (same,) = run(workers_trainer.first_loss, argv)  # as `torch.save` of a tied model had it
     head[-1, -1] += 1e3
     save(tensors | {"lm_head.weight": head}, file)
-    (said,) = run(workers.refusal, argv, 1)
+    (said,) = run(workers_setup.refusal, argv, 1)
     for words in (f"--load_hf {path}: ", "lm_head.weight is another", "--tie_word_embeddings yes"):
         assert words in said and "\n" not in said
-    (said,) = run(workers.refusal, f"--load_hf {path}", 1, "generate")
+    (said,) = run(workers_setup.refusal, f"--load_hf {path}", 1, "generate")
     assert "lm_head.weight is another" in said and "set tie_word_embeddings" in said
-    assert run(trainer_workers.first_loss, argv + "--tie_word_embeddings yes") == [same]
-    (other,) = run(trainer_workers.first_loss, argv + "--tie_word_embeddings no")
+    assert run(workers_trainer.first_loss, argv + "--tie_word_embeddings yes") == [same]
+    (other,) = run(workers_trainer.first_loss, argv + "--tie_word_embeddings no")
     assert other > same + 0.1
     # Shards of an older model, and their index.
     old = tmp_path / "old"
@@ -216,8 +216,8 @@ def test_a_head_of_its_own_in_a_tied_model_and_a_stale_index(step_dir, worlds, t
     save(tensors, file)
     for left in old.glob("model*"):
         shutil.copy(left, path)
-    assert run(trainer_workers.first_loss, argv) == [same]
-    ((_, _, said),) = run(trainer_workers.configured, [argv])[0]
+    assert run(workers_trainer.first_loss, argv) == [same]
+    ((_, _, said),) = run(workers_trainer.configured, [argv])[0]
     assert (
         "model.safetensors is read, model.safetensors.index.json and what it lists are" in said[0]
     )
@@ -231,6 +231,6 @@ def save(tensors, file):
 
 def test_a_bare_tokenizer_model_names_the_packages_that_it_needs(step_dir, worlds, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
-    (said,) = worlds(step_dir, 1).run(trainer_workers.without_packages, str(tmp_path))
+    (said,) = worlds(step_dir, 1).run(workers_trainer.without_packages, str(tmp_path))
     assert said.startswith(f"--tokenizer_name {tmp_path}: ") and "\n" not in said
     assert "pip install sentencepiece protobuf" in said

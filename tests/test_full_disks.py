@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-import run_workers
+import workers_runs
 from full_disk import disk, fill
 from launch import launch
 from test_checkpoint import names_in
@@ -51,8 +51,8 @@ def test_a_disk_that_is_full_for_a_while(step_dir, worlds, tmp_path):
     with disk(tmp_path / "disk", 4 * CHECKPOINT) as small:
         filling = fill(small, leave=8192)
         argv = SHAPE + steps(6) + f" --checkpoint_dir {small / 'run'} --save_every 2"
-        worlds(step_dir, 1).run(run_workers.room_after, str(filling), 3)
-        (found,) = lives(worlds, step_dir, argv, run_workers.life, None, False, "make_room")
+        worlds(step_dir, 1).run(workers_runs.room_after, str(filling), 3)
+        (found,) = lives(worlds, step_dir, argv, workers_runs.life, None, False, "make_room")
         assert found["said"] is None and found["steps"] == [1, 2, 3, 4, 5, 6]
         assert sum("step 2 is not saved" in note for note in found["notes"]) == 1
         assert names_in(small / "run") == ["step_00000004", "step_00000006"]
@@ -114,6 +114,6 @@ def test_a_timeline_on_a_full_disk(step_dir, tmp_path):
 def test_a_lock_on_a_full_disk(step_dir, worlds, tmp_path):
     with disk(tmp_path / "disk", 64) as small:
         fill(small)
-        ((said, _, _),) = worlds(step_dir, 1).run(run_workers.taken, small)
+        ((said, _, _),) = worlds(step_dir, 1).run(workers_runs.taken, small)
         assert said.startswith(f"{small / 'LOCK'}: No space left") and "\n" not in said
         assert names_in(small) == ["filling"]

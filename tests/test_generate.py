@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-import trainer_workers
-import workers
+import workers_model
+import workers_setup
+import workers_trainer
 from launch import launch, ranks_of
 from test_huggingface import theirs
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
@@ -25,11 +26,11 @@ def model(tmp_path_factory):
 def test_the_likeliest_tokens_with_cache_without_and_by_transformers(step_dir, worlds, model):
     path, reference = model
     argv = f"--load_hf {path} --dtype float64 --temperature 0 --max_new_tokens 40 --tp_size "
-    (cached,) = worlds(step_dir, 1).run(trainer_workers.generated, argv + "1", PROMPT)
-    (plain,) = worlds(step_dir, 1).run(trainer_workers.generated, argv + "1", PROMPT, False)
+    (cached,) = worlds(step_dir, 1).run(workers_trainer.generated, argv + "1", PROMPT)
+    (plain,) = worlds(step_dir, 1).run(workers_trainer.generated, argv + "1", PROMPT, False)
     assert len(cached) == 40 and len(set(cached)) > 5
     assert cached == plain
-    workers.upcast_in_float64(reference)
+    workers_model.upcast_in_float64(reference)
     with torch.no_grad():
         found = reference.generate(
             torch.tensor([PROMPT]), do_sample=False, max_new_tokens=40, min_new_tokens=40,
@@ -41,8 +42,8 @@ def test_the_likeliest_tokens_with_cache_without_and_by_transformers(step_dir, w
 @pytest.mark.parametrize("size", [2, 4])
 def test_tensor_parallel_ranks_draw_the_same(step_dir, worlds, model, size):
     argv = f"--load_hf {model[0]} --dtype float64 --max_new_tokens 30 --seed 3 --tp_size "
-    (alone,) = worlds(step_dir, 1).run(trainer_workers.generated, argv + "1", PROMPT)
-    found = worlds(step_dir, size).run(trainer_workers.generated, argv + f"{size}", PROMPT)
+    (alone,) = worlds(step_dir, 1).run(workers_trainer.generated, argv + "1", PROMPT)
+    found = worlds(step_dir, size).run(workers_trainer.generated, argv + f"{size}", PROMPT)
     assert found == [alone] * size
 
 
@@ -50,33 +51,33 @@ def test_nothing_follows_the_end_token(step_dir, worlds, model):
     """Unless the prompt is one, as an empty one is."""
     argv = f"--load_hf {model[0]} --dtype float64 --max_new_tokens 30 --seed {2**64}"
     run = worlds(step_dir, 1).run
-    (tokens,) = run(trainer_workers.generated, argv, PROMPT)
+    (tokens,) = run(workers_trainer.generated, argv, PROMPT)
     end, other = tokens[7], tokens[3]
-    (found,) = run(trainer_workers.generated, argv, PROMPT, True, [end])
+    (found,) = run(workers_trainer.generated, argv, PROMPT, True, [end])
     assert found == tokens[: tokens.index(end) + 1]
-    (found,) = run(trainer_workers.generated, argv, PROMPT, True, [end, other])
+    (found,) = run(workers_trainer.generated, argv, PROMPT, True, [end, other])
     assert found == tokens[: min(tokens.index(end), tokens.index(other)) + 1]
-    (found,) = run(trainer_workers.generated, argv, [end], True, [end])
+    (found,) = run(workers_trainer.generated, argv, [end], True, [end])
     assert found and end not in found[:-1]
 
 
 def test_temperature_top_k_and_top_p(step_dir, worlds):
     logits = np.log([0.1, 0.2, 0.3, 0.4])
     run = worlds(step_dir, 1).run
-    (plain,) = run(trainer_workers.drawn, logits, 1.0, 0, 20_000)
+    (plain,) = run(workers_trainer.drawn, logits, 1.0, 0, 20_000)
     assert plain == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=0.02)
-    (cold,) = run(trainer_workers.drawn, logits, 0.5, 0, 20_000)  # p squared
+    (cold,) = run(workers_trainer.drawn, logits, 0.5, 0, 20_000)  # p squared
     assert cold == pytest.approx(np.array([1, 4, 9, 16]) / 30, abs=0.02)
-    (two,) = run(trainer_workers.drawn, logits, 1.0, 2, 20_000)
+    (two,) = run(workers_trainer.drawn, logits, 1.0, 2, 20_000)
     assert two == pytest.approx([0, 0, 3 / 7, 4 / 7], abs=0.02)
     # The fewest of the likeliest that come to top_p: 0.4 + 0.3 do to 0.65, 0.4 alone to 0.35.
     for top_k, top_p, kept in ((0, 0.65, 2), (0, 0.75, 3), (3, 0.85, 3), (2, 0.55, 1)):
-        (nucleus,) = run(trainer_workers.drawn, logits, 1.0, top_k, 5_000, top_p)
+        (nucleus,) = run(workers_trainer.drawn, logits, 1.0, top_k, 5_000, top_p)
         few = np.where(np.arange(4) < 4 - kept, 0, np.exp(logits))
         assert nucleus == pytest.approx(few / few.sum(), abs=0.02)
         assert (nucleus > 0).sum() == kept
     for temperature, top_k, top_p in ((0.0, 0, 1.0), (1.0, 1, 1.0), (1e-310, 0, 1.0), (1, 0, 0.35)):
-        (best,) = run(trainer_workers.drawn, logits, temperature, top_k, 100, top_p)
+        (best,) = run(workers_trainer.drawn, logits, temperature, top_k, 100, top_p)
         assert best == pytest.approx([0, 0, 0, 1])
 
 
@@ -93,7 +94,7 @@ def test_temperature_top_k_and_top_p(step_dir, worlds):
 )
 def test_wrong_calls(step_dir, worlds, model, flags, words):
     argv, ranks = flags.format(hf=model[0]), ranks_of(flags)
-    (said,) = worlds(step_dir, 1).run(workers.refusal, argv, ranks, "generate")
+    (said,) = worlds(step_dir, 1).run(workers_setup.refusal, argv, ranks, "generate")
     assert words in said and "\n" not in said
 
 
@@ -160,12 +161,12 @@ def test_the_space_after_the_prompt_and_ends_that_a_tokenizer_adds(
         "x<|eot|>": ([x, ID["<|eot|>"]], [x], " x"),  # which the text itself ends with
     }
     calls = [(prompt, new) for prompt, (_, new, _) in cases.items()]
-    (found,) = worlds(step_dir, 1).run(trainer_workers.continued, str(tmp_path), calls, ends)
+    (found,) = worlds(step_dir, 1).run(workers_trainer.continued, str(tmp_path), calls, ends)
     for prompt, (symbols, text) in zip(cases, found, strict=True):
         assert symbols == begin + cases[prompt][0], prompt
         assert text == cases[prompt][2], prompt
     ((empty, text),) = worlds(step_dir, 1).run(
-        trainer_workers.continued, str(tmp_path), [("", [x])], ends
+        workers_trainer.continued, str(tmp_path), [("", [x])], ends
     )[0]
     assert empty == (begin or [ID["</s>"]]) and text == "x"
 
@@ -178,11 +179,11 @@ def test_as_launched_any_end_stops_an_ascii_terminal_works_and_a_long_text_is_na
     argv = f"--load_hf {tmp_path} --temperature 0 --max_new_tokens 70 --prompt xü"
     run = worlds(step_dir, 1).run
     prompt = [ID[piece] for piece in ("<s>", "▁x", "<0xC3>", "<0xBC>")]
-    (tokens,) = run(trainer_workers.generated, argv, prompt)
+    (tokens,) = run(workers_trainer.generated, argv, prompt)
     end = next(token for token in tokens[4:] if token not in tokens[:4])
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}))
     new = tokens[: tokens.index(end) + 1]
-    (((_, text),),) = run(trainer_workers.continued, str(tmp_path), [("xü", new)], [2, end])
+    (((_, text),),) = run(workers_trainer.continued, str(tmp_path), [("xü", new)], [2, end])
     result = launch(step_dir, argv, script="generate.py", PYTHONIOENCODING="ascii")
     assert (result.code, result.errors) == (0, [""])
     said, text_there = result.out.split("\n", 1)

@@ -12,8 +12,13 @@ import numpy as np
 import pytest
 import test_checkpoint as checkpoints
 import torch
-import trainer_workers
-import workers
+import workers_context
+import workers_gpu
+import workers_memory
+import workers_model
+import workers_precision
+import workers_process_group
+import workers_trainer
 from conftest import step_number
 from harness import World, assert_close
 from launch import launch, on_two, ranks_of
@@ -52,7 +57,7 @@ def cuda():
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2)])
 def test_attention_backend(step_dir, worlds, dtype, bound, kernel, heads, kv_heads):
     world = worlds(step_dir, 1)
-    error, kernels = world.run(workers.attention_error, dtype, heads, kv_heads, "cuda")[0]
+    error, kernels = world.run(workers_model.attention_error, dtype, heads, kv_heads, "cuda")[0]
     assert error < bound
     names = {name for name in kernels if "attention" in name}
     assert any(kernel in name for name in names), names
@@ -63,9 +68,9 @@ def test_attention_backend(step_dir, worlds, dtype, bound, kernel, heads, kv_hea
     "dtype, bound", [("float64", 1e-13), ("float32", 1e-6), ("bfloat16", 5e-3)]
 )
 def test_triton_rms_norm(step_dir, worlds, dtype, bound):
-    (errors,) = worlds(step_dir, 1).run(workers.triton_rms_norm, dtype, "cuda")
+    (errors,) = worlds(step_dir, 1).run(workers_model.triton_rms_norm, dtype, "cuda")
     assert max(errors.values()) < bound, errors
-    (kernels,) = worlds(step_dir, 1).run(workers.rms_norm_on_cuda)
+    (kernels,) = worlds(step_dir, 1).run(workers_gpu.rms_norm_on_cuda)
     assert {"forward_kernel", "backward_kernel"} <= kernels, kernels
 
 
@@ -97,14 +102,18 @@ def test_bfloat16_gradients_stay_near_float32(step_dir, train_on, worlds, flags)
         assert error < 3e-2, (name, error)
     if "--compile" in flags:
         return  # what watches every operator does not see into compiled layers
-    _, kept = worlds(step_dir, 1).run(workers.dtypes_of_a_step, argv + " --dtype bfloat16")[0]
+    _, kept = worlds(step_dir, 1).run(
+        workers_precision.dtypes_of_a_step, argv + " --dtype bfloat16"
+    )[0]
     assert all(dtypes == {"torch.float32"} for dtypes in kept.values()), kept
 
 
 @pytest.mark.steps(2, 2)
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_collectives_on_nccl(step_dir, worlds, dtype):
-    assert_collectives(worlds(step_dir, 2).run(workers.collectives, dtype, 2, "cuda"), dtype)
+    assert_collectives(
+        worlds(step_dir, 2).run(workers_process_group.collectives, dtype, 2, "cuda"), dtype
+    )
 
 
 @pytest.mark.steps(2, 2)
@@ -113,7 +122,7 @@ def test_memory_is_in_segments_that_grow(step_dir, asked, grow):
     """It is asked for by the environment, which has to happen before anything reads it."""
     environment = {"PYTORCH_ALLOC_CONF": asked} if asked else {}
     with World(step_dir, 1, fresh=True, **environment) as world:
-        assert world.run(workers.segments_that_grow) == [{grow}]
+        assert world.run(workers_memory.segments_that_grow) == [{grow}]
 
 
 @pytest.mark.steps(2, 2)
@@ -227,7 +236,9 @@ def test_bfloat16_layouts_stay_near_float32(step_dir, train_on, worlds, subtests
             for name in exact:
                 error = np.linalg.norm(rough[name] - exact[name]) / np.linalg.norm(exact[name])
                 assert error < 3e-2, (name, error)
-            for seen in worlds(step_dir, size).run(workers.reduction_dtypes, argv + split + flags):
+            for seen in worlds(step_dir, size).run(
+                workers_precision.reduction_dtypes, argv + split + flags
+            ):
                 for what, dtypes in seen.items():
                     assert dtypes <= {"torch.float32", "torch.float64"}, (what, dtypes)
 
@@ -260,7 +271,7 @@ def test_allocated_bytes_are_those_of_the_zero_paper(step_dir, worlds):
         for engine in ENGINES:
             argv = WIDE + f"--dp_size {dp} --dp_engine {engine} --gradient_accumulation_steps 2 "
             argv += "--seq_len 128 --micro_batch_size 1"
-            ranks = worlds(step_dir, dp).run(workers.allocated_bytes, argv)
+            ranks = worlds(step_dir, dp).run(workers_memory.allocated_bytes, argv)
             shards = {"zero1": 3, "zero2": 3, "zero3": 4}.get(engine, 0)  # of weights, gradients, …
             due = 16 - 4 * shards * (1 - 1 / dp)
             for held, _, count in ranks:
@@ -274,7 +285,7 @@ def test_allocated_bytes_are_those_of_the_zero_paper(step_dir, worlds):
 def test_reductions_and_gathers_travel_while_kernels_compute(step_dir, worlds, engine):
     argv = WIDE + f"--dp_size 2 --dp_engine {engine} --seq_len 2048 --micro_batch_size 8"
     a_gpu_for_each_rank(argv)
-    for found, _ in worlds(step_dir, 2).run(workers.kernels_of, argv):
+    for found, _ in worlds(step_dir, 2).run(workers_gpu.kernels_of, argv):
         alone = found["of it alone"] / found["communication"]
         assert alone > 0.9 if engine == "naive" else alone < 0.5, found
 
@@ -283,7 +294,7 @@ def test_reductions_and_gathers_travel_while_kernels_compute(step_dir, worlds, e
 def test_the_ring_travels_while_kernels_compute(step_dir, worlds):
     argv = WIDE + "--cp_size 2 --seq_len 8192 --micro_batch_size 4"
     a_gpu_for_each_rank(argv)
-    for found, _ in worlds(step_dir, 2).run(workers.kernels_of, argv):
+    for found, _ in worlds(step_dir, 2).run(workers_gpu.kernels_of, argv):
         assert found["of it alone"] < 0.5 * found["communication"], found
 
 
@@ -296,7 +307,7 @@ def test_sends_travel_while_kernels_compute(step_dir, worlds):
     argv = WIDE + "--pp_size 2 --pp_engine afab --gradient_accumulation_steps 8 "
     argv += "--seq_len 2048 --micro_batch_size 4"
     a_gpu_for_each_rank(argv)
-    for found, hidden in worlds(step_dir, 2).run(workers.kernels_of, argv):
+    for found, hidden in worlds(step_dir, 2).run(workers_gpu.kernels_of, argv):
         assert sum(share > 0.5 for share in hidden) == 7, (found, hidden)
 
 
@@ -320,7 +331,7 @@ def test_a_run_goes_on_on_another_layout_on_nccl(step_dir, worlds, tmp_path, sub
 def test_generating_on_nccl(step_dir, worlds, tmp_path):
     theirs(tmp_path / "hf", initializer_range=0.2)
     argv = f"--load_hf {tmp_path / 'hf'} --dtype float64 --temperature 0 --max_new_tokens 40 "
-    run = trainer_workers.generated
+    run = workers_trainer.generated
     (alone,) = worlds(step_dir, 1).run(run, argv + "--device cpu", [5, 250, 3])
     for size in (1, 2):
         found = worlds(step_dir, size).run(run, argv + f"{CUDA}--tp_size {size}", [5, 250, 3])
@@ -340,7 +351,7 @@ def test_generating_on_nccl(step_dir, worlds, tmp_path):
 @pytest.mark.parametrize("seq", [40, 128])
 def test_blocks_of_the_ring(step_dir, worlds, dtype, bound, kernel, heads, kv_heads, seq):
     ((errors, kernels),) = worlds(step_dir, 1).run(
-        workers.blocks_error, dtype, heads, kv_heads, seq, "cuda"
+        workers_context.blocks_error, dtype, heads, kv_heads, seq, "cuda"
     )
     assert max(errors.values()) < bound, errors
     assert any(kernel in name for name in kernels) if kernel else not kernels, kernels

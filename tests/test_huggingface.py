@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-import trainer_workers
-import workers
+import workers_model
+import workers_setup
+import workers_trainer
 from harness import assemble
 from launch import launch, ranks_of
 from safetensors.torch import load_file, save_file
@@ -27,7 +28,9 @@ def theirs(path, tied=False, dtype=torch.float64, shard="10GB", vocab=257, **fie
     """A directory with a random model of transformers; returns the model in float64."""
     torch.manual_seed(1)
     shape = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64}
-    config = workers.tiny_config(tie_word_embeddings=tied, vocab_size=vocab, **shape, **fields)
+    config = workers_model.tiny_config(
+        tie_word_embeddings=tied, vocab_size=vocab, **shape, **fields
+    )
     model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa").to(dtype)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -38,7 +41,7 @@ def theirs(path, tied=False, dtype=torch.float64, shard="10GB", vocab=257, **fie
 
 
 def summed_loss(model, tokens):
-    workers.upcast_in_float64(model)
+    workers_model.upcast_in_float64(model)
     with torch.no_grad():
         logits = model(torch.tensor(tokens[:, :-1])).logits
     targets = torch.tensor(tokens[:, 1:]).flatten()
@@ -62,15 +65,15 @@ def test_a_model_of_transformers_is_loaded_onto_any_layout(
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists() == ("shard" in kind)
     tokens = np.random.default_rng(0).integers(257, size=(3, 33))
     argv = f"--load_hf {tmp_path / 'hf'} --dtype float64 --dataset_name random --seq_len 32 "
-    (ours,) = worlds(step_dir, 1).run(trainer_workers.reading, argv, tokens)
+    (ours,) = worlds(step_dir, 1).run(workers_trainer.reading, argv, tokens)
     assert ours == pytest.approx(summed_loss(model, tokens), rel=1e-10)
     alone = argv + "--micro_batch_size 4"
-    ((first),) = worlds(step_dir, 1).run(trainer_workers.first_loss, alone)
+    ((first),) = worlds(step_dir, 1).run(workers_trainer.first_loss, alone)
     for layout in LAYOUTS[1:]:
         with subtests.test(layout):
             size = 2 if "dp_size" in layout else 4
             found = worlds(step_dir, ranks_of(layout)).run(
-                trainer_workers.first_loss, argv + layout + f" --micro_batch_size {size}"
+                workers_trainer.first_loss, argv + layout + f" --micro_batch_size {size}"
             )
             assert found == pytest.approx([first] * len(found), rel=1e-12)
 
@@ -84,7 +87,7 @@ def test_what_is_saved_is_opened_by_transformers(step_dir, worlds, tmp_path, lay
     argv += f"--dataset_name random --seq_len 32 --max_tokens 512 --save_hf {out} "
     argv += f"--learning_rate 3e-3 --warmup_steps 1 {layout} --micro_batch_size "
     argv += "4" if "dp_size" in layout else "8"
-    ranks = worlds(step_dir, ranks_of(layout)).run(trainer_workers.train_and_save, argv)
+    ranks = worlds(step_dir, ranks_of(layout)).run(workers_trainer.train_and_save, argv)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float64)
     weights = assemble([held for _, held in ranks])
     stored = {name: p.detach().numpy() for name, p in model.named_parameters()}
@@ -98,7 +101,7 @@ def test_what_is_saved_is_opened_by_transformers(step_dir, worlds, tmp_path, lay
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "what was written aside is left"
     tokens = np.random.default_rng(0).integers(257, size=(2, 33))
     again = f"--load_hf {out} --dtype float64 --dataset_name random --seq_len 32"
-    (ours,) = worlds(step_dir, 1).run(trainer_workers.reading, again, tokens)
+    (ours,) = worlds(step_dir, 1).run(workers_trainer.reading, again, tokens)
     assert ours == pytest.approx(summed_loss(model, tokens), rel=1e-10)
 
 
@@ -145,14 +148,14 @@ def truncated(path):
 def test_a_directory_that_is_not_whole_is_one_line(step_dir, worlds, tmp_path, damage, words):
     theirs(tmp_path)
     damage(tmp_path)
-    (said,) = worlds(step_dir, 1).run(workers.refusal, f"--load_hf {tmp_path}", 1)
+    (said,) = worlds(step_dir, 1).run(workers_setup.refusal, f"--load_hf {tmp_path}", 1)
     assert said.startswith(f"--load_hf {tmp_path}") and words in said and "\n" not in said
 
 
 def test_a_missing_tokenizer_is_noticed_before_training(step_dir, worlds, tmp_path):
     (tmp_path / "none").mkdir()
     argv = f"--dataset_name random --save_hf {tmp_path}/out --tokenizer_name {tmp_path}/none"
-    ((said,),) = worlds(step_dir, 1).run(workers.refusals_of_setup, [argv])
+    ((said,),) = worlds(step_dir, 1).run(workers_setup.refusals_of_setup, [argv])
     assert said.startswith("--tokenizer_name") and "\n" not in said
 
 
@@ -185,5 +188,5 @@ def test_other_wrong_calls(step_dir, worlds, tmp_path):
         ("--save_hf /dev/null/hf", "--save_hf /dev/null/hf"),
         ("--save_hf /dev", "a mount point"),
     ):
-        (said,) = worlds(step_dir, 1).run(workers.refusal, flags, 1)
+        (said,) = worlds(step_dir, 1).run(workers_setup.refusal, flags, 1)
         assert words in said and "\n" not in said

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import run_workers
+import workers_runs
 from conftest import step_number
 from harness import World
 from launch import launch
@@ -30,7 +30,7 @@ def test_variables_of_a_launcher_that_are_there_in_part(step_dir, worlds, subtes
     for missing in (["WORLD_SIZE"], ["MASTER_ADDR"], ["MASTER_PORT", "WORLD_SIZE"]):
         with subtests.test(missing[0]):
             environment = {name: None if name in missing else whole[name] for name in whole}
-            (said,) = worlds(step_dir, 1).run(run_workers.refused_with, "", environment)
+            (said,) = worlds(step_dir, 1).run(workers_runs.refused_with, "", environment)
             assert "RANK is set, but not " in said and "torchrun" in said
             assert all(name in said for name in missing) and "\n" not in said
 
@@ -43,7 +43,7 @@ def test_variables_of_a_launcher_that_are_there_in_part(step_dir, worlds, subtes
 def test_variables_of_a_launcher_that_are_no_numbers(step_dir, worlds, wrong):
     whole = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     with World(step_dir, 1) as world:
-        (said,) = world.run(run_workers.refused_with, "", {**whole, **wrong})
+        (said,) = world.run(workers_runs.refused_with, "", {**whole, **wrong})
     assert "no rank of a world" in said or "RANK is set, but not" in said
 
 
@@ -62,11 +62,11 @@ def test_a_port_in_use(step_dir):
 @pytest.mark.sampled
 def test_no_compiler(step_dir, worlds):
     run = worlds(step_dir, 1).run
-    (said,) = run(run_workers.refused_with, "--compile", {"CXX": "nonesuch"})
+    (said,) = run(workers_runs.refused_with, "--compile", {"CXX": "nonesuch"})
     assert said.startswith("--compile: no compiler nonesuch") and "CXX" in said
-    (said,) = run(run_workers.refused_with, "--compile", {"PATH": "/nowhere"})
+    (said,) = run(workers_runs.refused_with, "--compile", {"PATH": "/nowhere"})
     assert said.startswith("--compile: no compiler ")
-    (said,) = run(run_workers.refused_with, "--compile aot_eager", {"CXX": "nonesuch"})
+    (said,) = run(workers_runs.refused_with, "--compile aot_eager", {"CXX": "nonesuch"})
     assert said is None  # it writes no C++
 
 
@@ -108,7 +108,7 @@ def test_training_goes_on_where_nobody_reads_what_it_says(step_dir, tmp_path):
 
 def metrics_written(worlds, step_dir, path, flags=""):
     (said,) = worlds(step_dir, 1).run(
-        run_workers.metrics_written, f"{tiny(step_dir)} --metrics_file {path} {flags}"
+        workers_runs.metrics_written, f"{tiny(step_dir)} --metrics_file {path} {flags}"
     )
     return said
 
@@ -152,7 +152,7 @@ def test_a_run_that_goes_on_keeps_only_lines_of_its_own(step_dir, worlds, tmp_pa
     flags = tiny(step_dir).replace("--max_tokens 128 ", "")
     for name, rate in (("a", 3e-4), ("b", 0.1)):
         argv = flags + f"--max_tokens 128 --learning_rate {rate} --checkpoint_dir {tmp_path / name}"
-        (found,) = worlds(step_dir, 1).run(run_workers.life, argv)
+        (found,) = worlds(step_dir, 1).run(workers_runs.life, argv)
         assert found["said"] is None
     path = tmp_path / "m"
     assert metrics_written(worlds, step_dir, path, "--learning_rate 0.1 --seed 7") is None
@@ -163,7 +163,7 @@ def test_a_run_that_goes_on_keeps_only_lines_of_its_own(step_dir, worlds, tmp_pa
 @pytest.mark.sampled(1, only=True)
 @pytest.mark.steps(1, 8, only=True)
 def test_lines_of_which_only_a_part_was_written(step_dir, worlds, tmp_path):
-    (found,) = worlds(step_dir, 1).run(run_workers.written_in_parts, str(tmp_path / "m"))
+    (found,) = worlds(step_dir, 1).run(workers_runs.written_in_parts, str(tmp_path / "m"))
     assert found == b"".join(b'{"step": %d}\n' % step for step in range(1, 6))
 
 

@@ -5,7 +5,8 @@ import math
 import breaks
 import numpy as np
 import pytest
-import workers
+import workers_gpu
+import workers_steps
 from conftest import step_number
 from harness import RankError
 from hypothesis import HealthCheck, given, settings
@@ -186,9 +187,9 @@ def assert_same_bits(worlds, step_dir, flags):
     argv = "--num_hidden_layers 2 --seq_len 32 --gradient_accumulation_steps 2 "
     argv += f"--micro_batch_size 2 --dataset_name random {flags}"
     world = worlds(step_dir, ranks_of(flags))
-    whole = world.run(workers.segment, argv, 4, False)
-    first = world.run(workers.segment, argv, 2, False)
-    rest = world.run(workers.segment, argv, 4, True)
+    whole = world.run(workers_steps.segment, argv, 4, False)
+    first = world.run(workers_steps.segment, argv, 2, False)
+    rest = world.run(workers_steps.segment, argv, 4, True)
     for one, begun, resumed in zip(whole, first, rest, strict=True):
         assert len(one) == 4 and one == begun + resumed
 
@@ -352,7 +353,7 @@ def test_the_host_reads_the_device_once_a_step(step_dir, worlds, subtests):
         for flags in layouts if first <= step_number(step_dir) else ():
             with subtests.test(flags):
                 world = worlds(step_dir, ranks_of(flags))
-                for reads in world.run(workers.reads_of_a_step, argv + flags):
+                for reads in world.run(workers_gpu.reads_of_a_step, argv + flags):
                     assert reads == ["tolist"]
 
 

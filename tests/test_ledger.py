@@ -1,7 +1,7 @@
 """Theory measured: what a step sends, collective by collective, is what the formulas say."""
 
 import pytest
-import workers
+import workers_messages
 from launch import ranks_of
 
 SHORT = (
@@ -55,7 +55,7 @@ CASES = {
 
 def ledgers(step_dir, worlds, flags):
     size = ranks_of(flags)
-    return worlds(step_dir, size).run(workers.ledger_of, SHORT + flags)
+    return worlds(step_dir, size).run(workers_messages.ledger_of, SHORT + flags)
 
 
 def check(step_dir, worlds, subtests, cases):
@@ -101,7 +101,7 @@ WHOLE = 4 * TOKENS * WIDTH  # bytes of an activation in float32
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_two_sums_a_layer_each_way(step_dir, worlds, sequence_parallel):
     argv = SHORT + "--tp_size 2 " + "--sequence_parallel" * sequence_parallel
-    for forward, backward in worlds(step_dir, 2).run(workers.calls_each_way, argv):
+    for forward, backward in worlds(step_dir, 2).run(workers_messages.calls_each_way, argv):
         if sequence_parallel:
             assert forward["tp", "reduce_scatter"] == 2 * LAYERS + 1  # and the embedding
             assert forward["tp", "all_gather"] == 2 * LAYERS + 2  # and the head, and the loss

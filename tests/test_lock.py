@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-import run_workers
+import workers_runs
 from test_checkpoint import names_in
 from test_run_directory import SHAPE, lives, steps
 
@@ -46,7 +46,7 @@ def test_those_that_ask_at_once_are_told_apart(step_dir, worlds, tmp_path):
     """One of four gets the lock of a dead holder, and no other one takes it away."""
     directory = tmp_path / "run"
     directory.mkdir()
-    worlds(step_dir, 1).run(run_workers.leave_lock, directory, {"started": "1"})
+    worlds(step_dir, 1).run(workers_runs.leave_lock, directory, {"started": "1"})
     command = [sys.executable, "-c", ASK, step_dir, directory, "4"]
     running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
     ended = [(process.communicate(timeout=60)[1], process.returncode) for process in running]
@@ -58,8 +58,8 @@ def test_those_that_ask_at_once_are_told_apart(step_dir, worlds, tmp_path):
 
 def test_a_second_run_gets_one_line(step_dir, worlds, tmp_path):
     argv = SHAPE + steps(2) + f"--checkpoint_dir {tmp_path} "
-    held = worlds(step_dir, 2).run(run_workers.holder_of_this_process, tmp_path)
-    (found,) = lives(worlds, step_dir, argv + "--resume auto", run_workers.life, None, True)
+    held = worlds(step_dir, 2).run(workers_runs.holder_of_this_process, tmp_path)
+    (found,) = lives(worlds, step_dir, argv + "--resume auto", workers_runs.life, None, True)
     process = int(re.search(r"process (\d+) on \S+ writes there", found["said"])[1])
     assert process in [own["process"] for own in held]
 
@@ -77,8 +77,8 @@ def test_the_lock_of_a_dead_holder_is_taken_at_once(step_dir, worlds, tmp_path, 
         ("its number is another's", {"started": "1"}),
     ):
         with subtests.test(case):
-            run(run_workers.leave_lock, tmp_path, changes)
-            ((said, notes, seconds),) = run(run_workers.taken, tmp_path)
+            run(workers_runs.leave_lock, tmp_path, changes)
+            ((said, notes, seconds),) = run(workers_runs.taken, tmp_path)
             assert said is None and not notes and seconds < 5
             assert not (tmp_path / "LOCK").exists()
     zombie.wait()
@@ -94,11 +94,11 @@ def test_the_lock_of_another_host(step_dir, worlds, tmp_path, subtests):
         ("an empty host", b'{"host": ""}'),
     ):
         with subtests.test(case):
-            run(run_workers.leave_lock, tmp_path, changes)
-            ((said, notes, seconds),) = run(run_workers.taken, tmp_path, 0.5)
+            run(workers_runs.leave_lock, tmp_path, changes)
+            ((said, notes, seconds),) = run(workers_runs.taken, tmp_path, 0.5)
             assert said is None and len(notes) == 1 and "waiting" in notes[0] and seconds > 0.5
-            run(run_workers.leave_lock, tmp_path, changes)
-            ((said, notes, seconds),) = run(run_workers.taken, tmp_path, 20.0, 1.0)
+            run(workers_runs.leave_lock, tmp_path, changes)
+            ((said, notes, seconds),) = run(workers_runs.taken, tmp_path, 20.0, 1.0)
             assert "writes there" in said and seconds < 10
 
 
@@ -107,7 +107,7 @@ def test_a_run_that_lost_its_lock_writes_no_more(step_dir, worlds, tmp_path):
     for layout in ("", "--dp_size 2 --micro_batch_size 2"):
         shutil.rmtree(run, ignore_errors=True)
         argv = SHAPE + steps(6) + layout + f" --checkpoint_dir {run} --save_every 2"
-        ranks = lives(worlds, step_dir, argv, run_workers.life, None, True, "lock_is_taken")
+        ranks = lives(worlds, step_dir, argv, workers_runs.life, None, True, "lock_is_taken")
         for found in ranks:
             assert found["steps"] == [1, 2, 3, 4] and "process 7 on elsewhere" in found["said"]
         assert names_in(run) == ["LOCK", "RESUME", "step_00000002"]  # all of it the other run's
@@ -116,10 +116,10 @@ def test_a_run_that_lost_its_lock_writes_no_more(step_dir, worlds, tmp_path):
 
 def test_a_run_that_ended_meanwhile_is_noticed(step_dir, worlds, tmp_path):
     argv = SHAPE + f"--checkpoint_dir {tmp_path}"
-    (said,) = worlds(step_dir, 1).run(run_workers.begun_after, argv, "step_00000002")
+    (said,) = worlds(step_dir, 1).run(workers_runs.begun_after, argv, "step_00000002")
     assert "another run has just written there" in said and names_in(tmp_path) == ["step_00000002"]
 
 
 def test_the_holder_renews_its_lock(step_dir, worlds, tmp_path):
-    ((first, second),) = worlds(step_dir, 1).run(run_workers.renewed, tmp_path)
+    ((first, second),) = worlds(step_dir, 1).run(workers_runs.renewed, tmp_path)
     assert second > first

@@ -5,7 +5,11 @@ import json
 import numpy as np
 import numpy_llama
 import pytest
-import workers
+import workers_memory
+import workers_model
+import workers_precision
+import workers_setup
+import workers_steps
 from conftest import step_number
 from harness import World, assert_close
 from hypothesis import HealthCheck, given, settings
@@ -56,7 +60,7 @@ def oracle(run, learning_rates, max_norm, weight_decay=0.1):
 )
 def test_three_updates_agree_with_the_oracle(step_dir, train_on, shape, tmp_path):
     if shape == "llama3":
-        config = workers.tiny_config(vocab_size=300, rope_parameters=LLAMA3)
+        config = workers_model.tiny_config(vocab_size=300, rope_parameters=LLAMA3)
         config.save_pretrained(tmp_path)
         shape = f"--model_name {tmp_path}"
         if step_number(step_dir) > 2:
@@ -78,13 +82,17 @@ def test_three_updates_agree_with_the_oracle(step_dir, train_on, shape, tmp_path
 @pytest.mark.steps(1, 1)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_and_weights_agree_with_transformers(step_dir, worlds, shape):
-    (result,) = worlds(step_dir, 1).run(workers.against_transformers, SHAPES[shape], "float64")
+    (result,) = worlds(step_dir, 1).run(
+        workers_model.against_transformers, SHAPES[shape], "float64"
+    )
     ours, theirs, loss, their_loss = result
     assert np.abs(ours - theirs).max() <= 1e-10 * np.abs(theirs).max()
     # transformers sums its loss in float32, whatever the dtype of the model
     assert loss == pytest.approx(their_loss, rel=1e-6)
     # and as it is, with its own float32 rotary table and norms
-    (result,) = worlds(step_dir, 1).run(workers.against_transformers, SHAPES[shape], "float32")
+    (result,) = worlds(step_dir, 1).run(
+        workers_model.against_transformers, SHAPES[shape], "float32"
+    )
     assert np.abs(result[0] - result[1]).max() <= 1e-5 * np.abs(result[1]).max()
 
 
@@ -118,7 +126,7 @@ def test_random_configurations_agree_with_transformers(
         "tie_word_embeddings": tied,
         "rope_parameters": LLAMA3 if scaled else {"rope_type": "default", "rope_theta": 1e4},
     }
-    (result,) = worlds(step_dir, 1).run(workers.against_transformers, fields, "float64")
+    (result,) = worlds(step_dir, 1).run(workers_model.against_transformers, fields, "float64")
     ours, theirs, loss, their_loss = result
     assert np.abs(ours - theirs).max() <= 1e-10 * np.abs(theirs).max()
     assert loss == pytest.approx(their_loss, rel=1e-6)
@@ -134,7 +142,7 @@ def test_the_gradient_norm_is_a_float64_sum(step_dir, train_on, dtype):
 @pytest.mark.steps(1, 1)
 def test_presets_have_the_published_sizes(step_dir, worlds):
     """The published counts; a slip in one number of the table changes one of them."""
-    (sizes,) = worlds(step_dir, 1).run(workers.preset_sizes)
+    (sizes,) = worlds(step_dir, 1).run(workers_model.preset_sizes)
     assert sizes == {
         "debug": 1_640_576,
         "smollm-135m": 134_515_008,
@@ -149,15 +157,17 @@ def test_presets_have_the_published_sizes(step_dir, worlds):
 @pytest.mark.steps(1, 1)
 @pytest.mark.parametrize("shape", ["plain", "wide heads", "llama3 rope"])
 def test_rotary_frequencies(step_dir, worlds, shape):
-    ((ours, theirs),) = worlds(step_dir, 1).run(workers.frequencies, SHAPES[shape])
-    exact = numpy_llama.inverse_frequencies(workers.tiny_config(**SHAPES[shape]))
+    ((ours, theirs),) = worlds(step_dir, 1).run(workers_model.frequencies, SHAPES[shape])
+    exact = numpy_llama.inverse_frequencies(workers_model.tiny_config(**SHAPES[shape]))
     assert np.abs(ours / exact - 1).max() < 1e-14
     assert np.abs(ours / theirs - 1).max() < 1e-5
 
 
 @pytest.mark.steps(1, 1)
 def test_meta_parameters_know_their_place(step_dir, worlds):
-    devices, names, slices, shapes = worlds(step_dir, 1).run(workers.metas_before_materialize)[0]
+    devices, names, slices, shapes = worlds(step_dir, 1).run(
+        workers_model.metas_before_materialize
+    )[0]
     assert devices == {"meta"}
     assert names[0] == "model.embed_tokens.weight" and names[-1] == "model.norm.weight"
     assert "model.layers.2.self_attn.q_proj.weight" in names
@@ -169,9 +179,9 @@ def test_meta_parameters_know_their_place(step_dir, worlds):
 def test_initial_weights_are_a_function_of_seed_and_name(step_dir, worlds):
     world = worlds(step_dir, 1)
     argv = "--seq_len 8 --num_hidden_layers "
-    (two,) = world.run(workers.initial_weights, argv + "2")
-    (three,) = world.run(workers.initial_weights, argv + "3 --dtype float64")
-    (other,) = world.run(workers.initial_weights, argv + "2 --seed 43")
+    (two,) = world.run(workers_setup.initial_weights, argv + "2")
+    (three,) = world.run(workers_setup.initial_weights, argv + "3 --dtype float64")
+    (other,) = world.run(workers_setup.initial_weights, argv + "2 --seed 43")
     assert set(two) < set(three)
     for name, weight in two.items():
         assert np.array_equal(weight, three[name]), name
@@ -184,7 +194,7 @@ def test_initial_weights_are_a_function_of_seed_and_name(step_dir, worlds):
 
 @pytest.mark.parametrize("flags", ["", "--activation_checkpointing"])
 def test_a_float64_step_holds_no_float32(step_dir, worlds, flags):
-    seen, kept = worlds(step_dir, 1).run(workers.dtypes_of_a_step, TINY + flags)[0]
+    seen, kept = worlds(step_dir, 1).run(workers_precision.dtypes_of_a_step, TINY + flags)[0]
     assert "torch.float32" not in seen, seen["torch.float32"]
     assert "torch.bfloat16" not in seen
     assert all(dtypes == {"torch.float64"} for dtypes in kept.values()), kept
@@ -192,7 +202,7 @@ def test_a_float64_step_holds_no_float32(step_dir, worlds, flags):
 
 def test_bfloat16_computes_over_float32_state(step_dir, worlds):
     argv = TINY.replace("float64", "bfloat16")
-    seen, kept = worlds(step_dir, 1).run(workers.dtypes_of_a_step, argv)[0]
+    seen, kept = worlds(step_dir, 1).run(workers_precision.dtypes_of_a_step, argv)[0]
     assert all(dtypes == {"torch.float32"} for dtypes in kept.values()), kept
     assert "aten.cos.default" in seen["torch.float64"], "angles are computed in float64"
     assert "aten.cos.default" not in seen["torch.float32"]
@@ -210,7 +220,7 @@ def test_bfloat16_computes_over_float32_state(step_dir, worlds):
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2)])
 def test_attention_on_the_cpu_is_the_fused_kernel(step_dir, worlds, dtype, bound, heads, kv_heads):
     world = worlds(step_dir, 1)
-    error, kernels = world.run(workers.attention_error, dtype, heads, kv_heads)[0]
+    error, kernels = world.run(workers_model.attention_error, dtype, heads, kv_heads)[0]
     assert error < bound
     assert "aten::_scaled_dot_product_flash_attention_for_cpu" in kernels
     assert "aten::_scaled_dot_product_flash_attention_for_cpu_backward" in kernels
@@ -223,8 +233,8 @@ def test_attention_on_the_cpu_is_the_fused_kernel(step_dir, worlds, dtype, bound
 def test_triton_rms_norm_under_the_interpreter(step_dir, dtype, bound):
     pytest.importorskip("triton")
     with World(step_dir, 1, fresh=True, TRITON_INTERPRET="1") as world:
-        (errors,) = world.run(workers.triton_rms_norm, dtype)
-    assert len(errors) == len(workers.RMS_SHAPES)
+        (errors,) = world.run(workers_model.triton_rms_norm, dtype)
+    assert len(errors) == len(workers_model.RMS_SHAPES)
     assert max(errors.values()) < bound, errors
 
 
@@ -252,8 +262,10 @@ def test_the_same_numbers_with_inductor(step_dir, train_on):
 @pytest.mark.steps(1, 1)
 def test_activation_checkpointing_keeps_one_tensor_a_layer(step_dir, worlds):
     argv = "--num_hidden_layers 8 --seq_len 64"
-    (kept,) = worlds(step_dir, 1).run(workers.saved_bytes, argv)
-    (few,) = worlds(step_dir, 1).run(workers.saved_bytes, argv + " --activation_checkpointing")
+    (kept,) = worlds(step_dir, 1).run(workers_memory.saved_bytes, argv)
+    (few,) = worlds(step_dir, 1).run(
+        workers_memory.saved_bytes, argv + " --activation_checkpointing"
+    )
     layer_input = 4 * 64 * 128 * 4  # sequences x tokens x width x bytes
     assert few < 8 * layer_input + 8 * layer_input  # plus head, loss and rotary tables
     assert kept > 5 * few
@@ -261,14 +273,16 @@ def test_activation_checkpointing_keeps_one_tensor_a_layer(step_dir, worlds):
 
 @pytest.mark.steps(1, 1)
 def test_weight_decay_is_for_matrices(step_dir, worlds):
-    (groups,) = worlds(step_dir, 1).run(workers.optimizer_groups, "--weight_decay 0.3")
+    (groups,) = worlds(step_dir, 1).run(workers_setup.optimizer_groups, "--weight_decay 0.3")
     assert groups == [(0.3, {2}), (0.0, {1})]
 
 
 @pytest.mark.steps(1, 1)
 def test_learning_rate_warms_up_and_decays(step_dir, worlds):
     argv = "--max_tokens 51200 --learning_rate 1e-3 --warmup_steps 10"
-    ((total, rates),) = worlds(step_dir, 1).run(workers.learning_rates, argv, [1, 10, 55, 100])
+    ((total, rates),) = worlds(step_dir, 1).run(
+        workers_setup.learning_rates, argv, [1, 10, 55, 100]
+    )
     assert total == 100
     assert rates == pytest.approx([1e-4, 1e-3, 5.5e-4, 1e-4])
 
@@ -276,7 +290,7 @@ def test_learning_rate_warms_up_and_decays(step_dir, worlds):
 @pytest.mark.steps(1, 1)
 def test_mfu_counts_all_parameters_and_attention(step_dir, worlds):
     ((flops, count, peak),) = worlds(step_dir, 1).run(
-        workers.flops_and_peak, "--tie_word_embeddings yes --seq_len 64", "NVIDIA H200"
+        workers_model.flops_and_peak, "--tie_word_embeddings yes --seq_len 64", "NVIDIA H200"
     )
     per_layer = 128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 384 + 2 * 128
     assert count == 256 * 128 + 8 * per_layer + 128
@@ -290,7 +304,7 @@ def test_a_rebuilt_run_continues_bit_for_bit(step_dir, worlds, flags):
     argv = "--num_hidden_layers 2 --seq_len 32 --max_tokens 1280 " + flags
     if step_number(step_dir) > 2:
         argv += " --dataset_name random --gradient_accumulation_steps 2"
-    whole, resumed, same_weights = worlds(step_dir, 1).run(workers.continued, argv, 3, 7)[0]
+    whole, resumed, same_weights = worlds(step_dir, 1).run(workers_steps.continued, argv, 3, 7)[0]
     assert len(whole) == 7
     assert json.dumps(whole) == json.dumps(resumed)
     assert same_weights
@@ -306,7 +320,7 @@ def test_bytes_that_a_compiled_layer_keeps(step_dir, worlds):
     elementwise = tokens * 2 * (2 * h + f) + 2 * (2 * h * h + 2 * kv * h + 3 * f * h)
     for flag, expected in {"--recompute_elementwise ": needed, "": needed + elementwise}.items():
         (two,), (six,) = (
-            run(workers.saved_bytes, f"{argv}{flag}--num_hidden_layers {layers}")
+            run(workers_memory.saved_bytes, f"{argv}{flag}--num_hidden_layers {layers}")
             for layers in (2, 6)
         )
         assert six - two == 4 * expected, flag

@@ -4,7 +4,11 @@ import itertools
 import json
 
 import pytest
-import workers
+import workers_data
+import workers_memory
+import workers_pipeline
+import workers_setup
+import workers_steps
 from conftest import step_number
 from launch import ranks_of, sequences_of
 from layouts import ENGINES
@@ -43,7 +47,7 @@ def test_a_pipeline_is_bitwise_the_run_without_one(
 )
 def test_layers_are_dealt_out_by_cost(step_dir, worlds, layers, stages, vocab, expected):
     argv = f"--num_hidden_layers {layers} --vocab_size {vocab} --dataset_name random"
-    ((dealt, largest),) = worlds(step_dir, 1).run(workers.dealt_layers, argv, stages)
+    ((dealt, largest),) = worlds(step_dir, 1).run(workers_pipeline.dealt_layers, argv, stages)
     assert [len(part) for part in dealt] == expected
     assert sum(dealt, []) == list(range(layers))
     # No other way to cut has a smaller largest cost.
@@ -64,7 +68,7 @@ def test_schedules_and_what_they_keep_alive(step_dir, worlds, stages, count, sub
     for engine in engines(step_dir):
         with subtests.test(engine):
             argv = SMALL + f"--pp_size {stages} --gradient_accumulation_steps {count} {engine}"
-            results = worlds(step_dir, stages).run(workers.schedule_of, argv)
+            results = worlds(step_dir, stages).run(workers_pipeline.schedule_of, argv)
             for rank, (events, alive, together) in enumerate(results):
                 assert events == order(stages, rank, count, engine)
                 one_f_one_b = engine.endswith("1f1b")
@@ -79,7 +83,7 @@ def test_schedules_and_what_they_keep_alive(step_dir, worlds, stages, count, sub
 def test_an_output_that_was_sent_is_let_go(step_dir, worlds):
     """However many micro-batches are alive, backward needs no more than the way to it."""
     argv = SMALL + "--pp_size 2 --gradient_accumulation_steps 4"
-    assert worlds(step_dir, 2).run(workers.outputs_alive, argv) == [0, 0]
+    assert worlds(step_dir, 2).run(workers_pipeline.outputs_alive, argv) == [0, 0]
 
 
 @pytest.mark.sampled(9, only=True)
@@ -103,7 +107,7 @@ def test_a_shared_cast_changes_no_number(step_dir, train_on, flags):
 def test_a_gradient_through_a_shared_cast_does_not_wait(step_dir, worlds, flags):
     """Or those of all matrices come last, and nothing is left to hide their sum over dp behind."""
     argv = SMALL + f"--pp_size 2 --dtype bfloat16 --gradient_accumulation_steps 2 {flags}"
-    for layers in worlds(step_dir, ranks_of(argv)).run(workers.order_of_gradients, argv):
+    for layers in worlds(step_dir, ranks_of(argv)).run(workers_pipeline.order_of_gradients, argv):
         assert len(layers) == 2 * 9
         assert layers == sorted(layers, reverse=True)
 
@@ -114,7 +118,9 @@ def assert_casts_are_kept_once(step_dir, worlds, flags, bytes_each):
     argv = SMALL + f"--pp_size 2 --dtype bfloat16 {flags} --gradient_accumulation_steps "
     world = worlds(step_dir, ranks_of(argv))
     afab = "" if step_number(step_dir) == 7 else " --pp_engine afab"
-    two, three = (world.run(workers.bytes_kept_of_a_step, f"{argv}{m}{afab}") for m in (2, 3))
+    two, three = (
+        world.run(workers_memory.bytes_kept_of_a_step, f"{argv}{m}{afab}") for m in (2, 3)
+    )
     for (of_two, matrices), (of_three, _) in zip(two, three, strict=True):
         assert matrices > 0
         assert 3 * of_two - 2 * of_three == bytes_each * matrices
@@ -146,7 +152,7 @@ def test_the_bubble_is_the_formulas(step_dir, worlds, stages, count, subtests):
     for engine in engines(step_dir):
         with subtests.test(engine):
             argv = SMALL + f"--pp_size {stages} --gradient_accumulation_steps {count} {engine}"
-            share = max(worlds(step_dir, stages).run(workers.bubble, argv, 0.2))
+            share = max(worlds(step_dir, stages).run(workers_pipeline.bubble, argv, 0.2))
             expected = (stages - 1) / (count + stages - 1)
             assert share == pytest.approx(expected, rel=0.1)
 
@@ -158,7 +164,7 @@ def test_steps_share_one_loader(step_dir, worlds, count, subtests):
     for engine in engines(step_dir):
         with subtests.test(engine):
             argv = SMALL + f"--pp_size 2 --gradient_accumulation_steps {count} {engine}"
-            for events in worlds(step_dir, 2).run(workers.loads_and_passes, argv, 2):
+            for events in worlds(step_dir, 2).run(workers_data.loads_and_passes, argv, 2):
                 assert events.count("new loader") == 1
                 assert events.count("load") == 2 * count + 1
 
@@ -166,7 +172,7 @@ def test_steps_share_one_loader(step_dir, worlds, count, subtests):
 def test_a_timeline_is_a_trace(step_dir, worlds, tmp_path):
     path = tmp_path / "timeline.json"
     argv = SMALL + f"--pp_size 2 --gradient_accumulation_steps 3 --timeline {path}"
-    worlds(step_dir, 2).run(workers.timeline_of, argv, 2)
+    worlds(step_dir, 2).run(workers_pipeline.timeline_of, argv, 2)
     events = json.loads(path.read_text())["traceEvents"]
     for rank in (0, 1):
         mine = [event for event in events if event["tid"] == rank]
@@ -180,14 +186,14 @@ def test_a_timeline_is_a_trace(step_dir, worlds, tmp_path):
 
 @pytest.mark.sampled
 def test_fewer_layers_than_stages(step_dir, worlds):
-    (said,) = worlds(step_dir, 1).run(workers.refusal, "--pp_size 4 --num_hidden_layers 3", 4)
+    (said,) = worlds(step_dir, 1).run(workers_setup.refusal, "--pp_size 4 --num_hidden_layers 3", 4)
     assert "--pp_size 4" in said and "--num_hidden_layers 3" in said
 
 
 @pytest.mark.sampled
 def test_a_timeline_that_cannot_be_written(step_dir, worlds):
     argv = "--pp_size 2 --timeline /no/such/place.json"
-    (said,) = worlds(step_dir, 1).run(workers.refusal, argv, 2)
+    (said,) = worlds(step_dir, 1).run(workers_setup.refusal, argv, 2)
     assert "--timeline '/no/such/place.json'" in said and "\n" not in said
 
 
@@ -197,10 +203,12 @@ def test_the_held_out_loss_of_a_pipeline(step_dir, worlds, engine):
     if "interleaved" in engine and step_number(step_dir) < 9:
         pytest.skip("this schedule comes in step 9")
     argv = "--dtype float64 --num_hidden_layers 4 --seq_len 16 --dataset_name random "
-    (alone,) = worlds(step_dir, 1).run(workers.trained_and_evaluated, argv + "--micro_batch_size 8")
+    (alone,) = worlds(step_dir, 1).run(
+        workers_steps.trained_and_evaluated, argv + "--micro_batch_size 8"
+    )
     argv += "--micro_batch_size 2 --gradient_accumulation_steps 2 --dp_size 2 --pp_size 2 "
     for losses in worlds(step_dir, 4).run(
-        workers.trained_and_evaluated, argv + f"--dp_engine {engine}"
+        workers_steps.trained_and_evaluated, argv + f"--dp_engine {engine}"
     ):
         assert losses == pytest.approx(alone, rel=1e-12)
 
@@ -272,7 +280,7 @@ def test_interleaved_beside_other_axes(step_dir, train_on, flags):
 def test_the_plan_of_interleaved_loses_no_tick(step_dir, worlds):
     """2 v m passes a rank, and 2 (p - 1) ticks to fill and to drain: no schedule has fewer."""
     cases = [(p, v, p * k) for p in (2, 3, 4) for v in (2, 3) for k in (1, 2, 4)]
-    (plans,) = worlds(step_dir, 1).run(workers.interleaved_plans, cases)
+    (plans,) = worlds(step_dir, 1).run(workers_pipeline.interleaved_plans, cases)
     for (ranks, chunks, count), ticks in zip(cases, plans, strict=True):
         assert len(ticks) == 2 * chunks * count + 2 * (ranks - 1)
         done = {}
@@ -300,7 +308,7 @@ def test_the_plan_of_interleaved_loses_no_tick(step_dir, worlds):
 def test_the_bubble_of_interleaved(step_dir, worlds, stages, chunks, count):
     argv = SMALL + f"--num_hidden_layers 8 --gradient_accumulation_steps {count} {INTERLEAVED}"
     argv += f"--pp_size {stages} --pp_chunks {chunks}"
-    share = max(worlds(step_dir, stages).run(workers.bubble, argv, 0.5))
+    share = max(worlds(step_dir, stages).run(workers_pipeline.bubble, argv, 0.5))
     expected = (stages - 1) / (chunks * count + stages - 1)
     assert share == pytest.approx(expected, rel=0.1)
 
@@ -317,5 +325,5 @@ def test_the_bubble_of_interleaved(step_dir, worlds, stages, chunks, count):
 )
 def test_what_cannot_be_interleaved(step_dir, worlds, flags, named):
     argv = f"--pp_size 2 --gradient_accumulation_steps 2 {INTERLEAVED} {flags}"
-    (said,) = worlds(step_dir, 1).run(workers.refusal, argv, ranks_of(argv))
+    (said,) = worlds(step_dir, 1).run(workers_setup.refusal, argv, ranks_of(argv))
     assert named in said and "\n" not in said

@@ -6,7 +6,9 @@ from collections import Counter
 
 import pytest
 import torch
-import workers
+import workers_messages
+import workers_setup
+import workers_sharding
 from conftest import ROOT
 from launch import ranks_of
 
@@ -61,7 +63,7 @@ def kept_of(argv):
             return plain(x, weight, eps)
 
     plain = rms_norm.rms_norm
-    state = workers.build(argv)
+    state = workers_setup.build(argv)
     # By the storage itself, not by its address: zero3 frees what it has gathered, and the address
     # is that of something else then.
     weights = {p.untyped_storage()._cdata for p in state.model.parameters()}
@@ -92,7 +94,10 @@ def kept_of(argv):
 def test_the_plan_is_what_a_run_does(step_dir, worlds, plan, layout):
     args, argv = plan.parse_args((SHAPE + layout).split()), RUN + SHAPE + layout
     world = worlds(step_dir, ranks_of(layout))
-    ranks = (world.run(f, argv) for f in (workers.ledger_of, workers.owned_bytes, kept_of))
+    ranks = (
+        world.run(f, argv)
+        for f in (workers_messages.ledger_of, workers_sharding.owned_bytes, kept_of)
+    )
     ranks, ring = list(zip(*ranks, strict=True)), ("cp", "send")
     most = Counter()  # of each stage: of a ring's ranks the first one sends most, and is planned
     for (_, predicted), _, (place, _) in ranks:

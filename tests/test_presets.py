@@ -3,8 +3,8 @@
 import json
 
 import pytest
-import trainer_workers
-import workers
+import workers_setup
+import workers_trainer
 
 pytestmark = [pytest.mark.steps(1), pytest.mark.sampled]
 LLAMA = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}
@@ -21,7 +21,7 @@ TWINS = {
 
 def test_hub_ids_and_their_instruct_twins_fall_back_to_a_preset(step_dir, worlds):
     argvs = [f"--model_name {name}" for names in TWINS.values() for name in names]
-    (found,) = worlds(step_dir, 1).run(trainer_workers.configured, argvs)
+    (found,) = worlds(step_dir, 1).run(workers_trainer.configured, argvs)
     expected = [preset for preset, names in TWINS.items() for _ in names]
     assert [name for name, _, _ in found] == expected
     for argv, (preset, _, said) in zip(argvs, found, strict=True):
@@ -41,7 +41,7 @@ def test_what_flags_leave_or_change_unasked_is_said(step_dir, worlds, tmp_path):
         "--seq_len 2048": ((), 384, 2048),
         f"--model_name {tmp_path} --seq_len 128": (("--seq_len 128", "64"), 160, 128),
     }
-    (found,) = worlds(step_dir, 1).run(trainer_workers.configured, [*cases])
+    (found,) = worlds(step_dir, 1).run(workers_trainer.configured, [*cases])
     for (flags, (words, size, longest)), (_, config, said) in zip(
         cases.items(), found, strict=True
     ):
@@ -70,5 +70,5 @@ def test_a_foreign_configuration_is_refused_in_words(step_dir, worlds, tmp_path,
         if flag == "load_hf" and not (step_dir / "huggingface.py").exists():
             continue
         call = f"--{flag} {tmp_path}"
-        (said,) = worlds(step_dir, 1).run(workers.refusal, call, 1, script)
+        (said,) = worlds(step_dir, 1).run(workers_setup.refusal, call, 1, script)
         assert said.startswith(f"{call}: not a Llama") and words in said and "\n" not in said

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-import workers
+import workers_process_group
 from harness import RankError, World
 
 pytestmark = pytest.mark.steps(2, 2)
@@ -28,7 +28,7 @@ def assert_mesh(step_dir, sizes, device):
     """Every rank of a mesh knows its groups, its neighbours and its place."""
     count = np.prod(list(sizes.values()))
     with World(step_dir, int(count)) as world:
-        results = world.run(workers.mesh_of, sizes, device)
+        results = world.run(workers_process_group.mesh_of, sizes, device)
     for rank, (groups, text, first) in enumerate(results):
         coordinates = np.unravel_index(rank, [sizes[axis] for axis in AXES])
         assert first == (rank == 0)
@@ -99,18 +99,20 @@ def assert_collectives(results, dtype):
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("size", [2, 3])
 def test_collectives_and_their_ledger(step_dir, worlds, size, dtype):
-    results = worlds(step_dir, size).run(workers.collectives, dtype, size, "cpu")
+    results = worlds(step_dir, size).run(workers_process_group.collectives, dtype, size, "cpu")
     assert_collectives(results, dtype)
 
 
 def test_an_error_of_the_first_rank_is_everyones(step_dir, worlds):
-    assert worlds(step_dir, 3).run(workers.error_on_the_first_rank) == ["only here"] * 3
+    assert (
+        worlds(step_dir, 3).run(workers_process_group.error_on_the_first_rank) == ["only here"] * 3
+    )
 
 
 @pytest.mark.steps(2, 3, only=True)
 @pytest.mark.parametrize("spoiled", [None, 1, 2])
 def test_replicas_are_compared_bit_for_bit(step_dir, worlds, spoiled):
-    said = worlds(step_dir, 3).run(workers.replicas, spoiled)
+    said = worlds(step_dir, 3).run(workers_process_group.replicas, spoiled)
     for rank, words in enumerate(said):
         assert words == (f"lm_head.weight differs on rank {rank}" if rank == spoiled else None)
 
@@ -121,9 +123,9 @@ def test_replicas_are_compared_bit_for_bit(step_dir, worlds, spoiled):
 )
 def test_the_harness_shows_a_failing_rank_and_never_hangs(step_dir, how, words):
     with World(step_dir, 2) as world:
-        world.run(workers.fail_on, None, how)
+        world.run(workers_process_group.fail_on, None, how)
         begun = time.monotonic()
         with pytest.raises(RankError, match=words):
-            world.run(workers.fail_on, 1, how, timeout=3 if how == "hang" else 60)
+            world.run(workers_process_group.fail_on, 1, how, timeout=3 if how == "hang" else 60)
         assert time.monotonic() - begun < 15
-        world.run(workers.fail_on, None, how)  # it starts again by itself
+        world.run(workers_process_group.fail_on, None, how)  # it starts again by itself

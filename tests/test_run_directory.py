@@ -7,7 +7,7 @@ import re
 import shutil
 
 import pytest
-import run_workers
+import workers_runs
 from harness import assemble, assert_close
 from launch import ranks_of
 from test_checkpoint import names_in
@@ -24,7 +24,7 @@ def steps(count):
     return f"--max_tokens {count * 64} "
 
 
-def lives(worlds, step_dir, argv, function=run_workers.life, *args):
+def lives(worlds, step_dir, argv, function=workers_runs.life, *args):
     """What each rank's life came to, in a world of the size that the flags want."""
     return worlds(step_dir, ranks_of(argv)).run(function, argv, *args)
 
@@ -165,7 +165,7 @@ def test_a_link_is_followed_and_when_old_unlinked(step_dir, worlds, saved, tmp_p
 def test_what_cannot_be_deleted_stays_and_training_goes_on(step_dir, worlds, saved, tmp_path):
     run, argv, _ = copied(saved, tmp_path)
     argv = argv.replace(steps(6), steps(9)) + "--save_every 1 --keep_last 1 --resume auto"
-    (found,) = lives(worlds, step_dir, argv, run_workers.undeletable, "step_00000002")
+    (found,) = lives(worlds, step_dir, argv, workers_runs.undeletable, "step_00000002")
     assert found["said"] is None and found["steps"] == [7, 8, 9]
     assert any("can't be deleted (Device or resource busy)" in note for note in found["notes"])
     assert not any("is not saved" in note for note in found["notes"])
@@ -268,7 +268,10 @@ def test_one_of_an_older_format_says_so_and_runs_nothing(step_dir, worlds, saved
 def test_nothing_is_unpickled(step_dir, worlds, saved, tmp_path):
     run, argv, _ = copied(saved, tmp_path)
     (found,) = lives(
-        worlds, step_dir, argv.replace(steps(6), steps(7)) + "--resume auto", run_workers.forbidding
+        worlds,
+        step_dir,
+        argv.replace(steps(6), steps(7)) + "--resume auto",
+        workers_runs.forbidding,
     )
     assert found["said"] is None and found["steps"] == [7]
     for file in step_dir.glob("*.py"):
@@ -279,7 +282,7 @@ def test_nothing_is_unpickled(step_dir, worlds, saved, tmp_path):
 def test_an_older_checkpoint_lacks_flags_that_came_later(step_dir, worlds, saved, tmp_path):
     run, argv, _ = copied(saved, tmp_path)
     worlds(step_dir, 1).run(
-        run_workers.lacking, run / "step_00000006", "weight_decay", "pp_chunks", "dp_size"
+        workers_runs.lacking, run / "step_00000006", "weight_decay", "pp_chunks", "dp_size"
     )
     (found,) = lives(worlds, step_dir, argv.replace(steps(6), steps(7)) + "--resume auto")
     assert found["said"] is None and found["steps"] == [7]
@@ -293,7 +296,7 @@ def test_ruined_weights_are_not_saved(step_dir, worlds, tmp_path, flags):
     """An update made them so: the step's own loss and gradients are fine."""
     run = tmp_path / "run"
     argv = SHAPE + steps(6) + flags + f" --checkpoint_dir {run} --save_every 1"
-    for found in lives(worlds, step_dir, argv, run_workers.ruined):
+    for found in lives(worlds, step_dir, argv, workers_runs.ruined):
         assert "not finite after step 3" in found["said"] and "--learning_rate" in found["said"]
         assert f"the last good checkpoint is {run / 'step_00000002'}" in found["said"]
     assert names_in(run) == ["step_00000001", "step_00000002"]

@@ -8,7 +8,7 @@ import os
 import random
 
 import pytest
-import texts_workers
+import workers_texts
 from harness import World
 
 pytestmark = pytest.mark.steps(3, 3)
@@ -27,7 +27,7 @@ PACKERS[".zst"] = zst
 
 @pytest.fixture(scope="module", name="load")
 def loading(tmp_path_factory):
-    """load(step_dir, *names): what `texts_workers.load` says of each data set."""
+    """load(step_dir, *names): what `workers_texts.load` says of each data set."""
     worlds = {}
 
     def get(step_dir, *names, flags=(), cache=None, tmp="/tmp"):
@@ -35,7 +35,7 @@ def loading(tmp_path_factory):
             folder = str(tmp_path_factory.mktemp("cache"))
             worlds[step_dir] = World(step_dir, 1, XDG_CACHE_HOME=folder, HF_HOME=folder + "/hf")
         calls = [["--dataset_name", str(name), *flags] for name in names]
-        (results,) = worlds[step_dir].run(texts_workers.loaded, calls, cache, str(tmp))
+        (results,) = worlds[step_dir].run(workers_texts.loaded, calls, cache, str(tmp))
         return results
 
     yield get
@@ -285,7 +285,7 @@ def test_slices_do_not_change_the_tokens_of_a_tokenizer_that_splits_at_spaces(
     documents = [random_text(chance, words, size) for size in (10, 3000, 40_000)]
     sizes = [(1, 1000), (50, 2000), (2**12, 2**16)]
     (results,) = worlds(step_dir, 1).run(
-        texts_workers.cut_and_whole, str(tmp_path), documents, sizes
+        workers_texts.cut_and_whole, str(tmp_path), documents, sizes
     )
     for cut, whole in results:
         assert cut == whole
@@ -299,7 +299,7 @@ def test_a_large_text_is_read_in_little_memory(step_dir, tmp_path):
     (tmp_path / "large.txt").write_text(text)
     argv = ["--dataset_name", str(tmp_path / "large.txt")]
     with World(step_dir, 1) as world:
-        ((megabytes, result),) = world.run(texts_workers.peak_megabytes, argv, str(tmp_path))
+        ((megabytes, result),) = world.run(workers_texts.peak_megabytes, argv, str(tmp_path))
     assert result["tokens"] == text.encode() + b"\0"
     assert megabytes < 300
 

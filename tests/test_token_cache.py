@@ -7,7 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
-import texts_workers
+import workers_texts
 from harness import World
 from test_texts import jsonl, loading  # noqa: F401  a fixture, `load`
 
@@ -83,7 +83,7 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(step_dir, tmp_path):
     argv = ["--dataset_name", str(tmp_path / "a.txt")]
     with World(step_dir, 1) as world:
         ((before, during, after, end, error),) = world.run(
-            texts_workers.leftovers, str(tmp_path), argv
+            workers_texts.leftovers, str(tmp_path), argv
         )
     assert error is None
     assert len(before) == len(during) == 2 and "aside-mine" in before and before != during
@@ -154,7 +154,7 @@ def test_a_user_without_a_home(step_dir, tmp_path):
         folder.chmod(0o777)
     argv = ["--dataset_name", str(tmp_path / "a.txt")]
     with World(step_dir, 1) as world:
-        (answer,) = world.run(texts_workers.without_home, [argv], str(tmp_path / "cache"))
+        (answer,) = world.run(workers_texts.without_home, [argv], str(tmp_path / "cache"))
     assert isinstance(answer, list), answer
     ((without, given),), here = answer
     assert "\n" not in without["error"] and "XDG_CACHE_HOME" in without["error"]
@@ -166,4 +166,4 @@ def test_tokenising_processes_end_with_the_one_that_started_them(step_dir, tmp_p
     (tmp_path / "a.txt").write_text("some text " * 200_000)
     argv = ["--dataset_name", str(tmp_path / "a.txt"), "--num_proc", "2"]
     with World(step_dir, 1) as world:
-        assert world.run(texts_workers.orphans, argv, str(tmp_path)) == [(2, 0)]
+        assert world.run(workers_texts.orphans, argv, str(tmp_path)) == [(2, 0)]

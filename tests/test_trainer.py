@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import trainer_workers
-import workers
+import workers_setup
+import workers_trainer
 from launch import launch, ranks_of
 from test_checkpoint import names_in
 
@@ -32,7 +32,7 @@ def curve(path):
 
 def trained(worlds, step_dir, argv):
     """The curve of a run in a world."""
-    ranks = worlds(step_dir, ranks_of(argv)).run(trainer_workers.train_and_save, argv)
+    ranks = worlds(step_dir, ranks_of(argv)).run(workers_trainer.train_and_save, argv)
     return ranks[0][0]
 
 
@@ -140,7 +140,7 @@ def test_one_run_on_three_layouts_then_exported_then_read_aloud(step_dir, worlds
         (4, "--pp_size 4 --micro_batch_size 2 --gradient_accumulation_steps 4"),
         (6, f"--cp_size 2 --dp_size 2 --dp_engine zero3 --micro_batch_size 4 --save_hf {out}"),
     ):
-        ranks = worlds(step_dir, 4).run(trainer_workers.train_and_save, argv + layout, steps)
+        ranks = worlds(step_dir, 4).run(workers_trainer.train_and_save, argv + layout, steps)
         ours += ranks[0][0]
         assert len(ours) == steps
     assert np.abs(np.array(ours) / whole - 1).max() < 1e-10
@@ -162,13 +162,13 @@ def test_a_file_of_flags(step_dir, worlds, tmp_path):
               "activation_checkpointing": False, "max_grad_norm": float("inf")}  # fmt: skip
     file.write_text(json.dumps(values))
     run = worlds(step_dir, 1).run
-    ((flags, _),) = run(trainer_workers.parsed, f"--config {file} --seq_len 64")
+    ((flags, _),) = run(workers_trainer.parsed, f"--config {file} --seq_len 64")
     ((given, _),) = run(
-        trainer_workers.parsed,
+        workers_trainer.parsed,
         "--sequence_parallel --learning_rate 1e-3 --max_grad_norm inf --seq_len 64",
     )
     assert flags == given and flags["seq_len"] == 64
-    ((flags, _),) = run(trainer_workers.parsed, f"--learning_rate 5e-4 --config {file}")
+    ((flags, _),) = run(workers_trainer.parsed, f"--learning_rate 5e-4 --config {file}")
     assert flags["learning_rate"] == 5e-4 and flags["sequence_parallel"]
 
 
@@ -189,7 +189,7 @@ def test_a_wrong_file_of_flags(step_dir, worlds, tmp_path, content, words):
     file = tmp_path / "config.json"
     if content is not None:
         file.write_text(content)
-    (said,) = worlds(step_dir, 1).run(workers.refusal, f"--config {file}", 1)
+    (said,) = worlds(step_dir, 1).run(workers_setup.refusal, f"--config {file}", 1)
     assert said.startswith(f"--config {file}: ") and words in said and "\n" not in said
 
 
@@ -226,6 +226,6 @@ def test_lines_of_steps_that_are_trained_again_are_dropped(step_dir, worlds, tmp
     for step, kept in ((2, lines[:2]), (3, lines[:3]), (7, lines[:3]), (0, [])):
         path.unlink(missing_ok=True)
         (found,) = worlds(step_dir, 1).run(
-            trainer_workers.lines_kept, f"--metrics_file {path}", "".join(lines), step
+            workers_trainer.lines_kept, f"--metrics_file {path}", "".join(lines), step
         )
         assert found == "".join(kept)

@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-import run_workers
+import workers_runs
 from full_disk import disk, fill
 from test_checkpoint import names_in
 from test_run_directory import SHAPE, steps
@@ -75,7 +75,7 @@ def test_whatever_happens_nothing_is_lost(step_dir, worlds, uninterrupted, tmp_p
                 filling.unlink()
             lines = "".join(said_in(logs)).splitlines()
             assert len(lines) <= 1 and all(line.startswith("error: ") for line in lines), event
-            (newest,) = worlds(step_dir, 1).run(run_workers.newest_whole, str(run))
+            (newest,) = worlds(step_dir, 1).run(workers_runs.newest_whole, str(run))
             assert newest is None or f"step_{newest:08d}" in names_in(run), event
         logs = tmp_path / "last"
         with job(step_dir, argv, 2, logs) as running:

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-import workers
+import workers_setup
 from harness import pieces
 
 NUMBERS = ("step", "loss", "grad_norm", "learning_rate", "tokens")
@@ -25,7 +25,7 @@ def train_and_save(argv, until=None):
     import huggingface
     import train
 
-    state = workers.build(argv)
+    state = workers_setup.build(argv)
     numbers = []
     while state.step < (until or state.args.total_steps):
         result = train.train_step(state)
@@ -73,7 +73,7 @@ def asked_to_stop(argv, rank_asked, step_asked):
     import checkpoint
     import train
 
-    state = workers.build(argv)
+    state = workers_setup.build(argv)
     checkpoint.listen(state)
     while state.step < state.args.total_steps and not state.stop:
         if state.step + 1 == step_asked and state.mesh.rank == rank_asked:
@@ -88,7 +88,7 @@ def saved_apart(argv, directory):
     import checkpoint
     import errors
 
-    state = workers.build(argv)
+    state = workers_setup.build(argv)
     state.args.checkpoint_dir = f"{directory}/{state.mesh.rank}"
     os.makedirs(state.args.checkpoint_dir, exist_ok=True)
     state.step = 1
@@ -102,12 +102,12 @@ def first_loss(argv):
     """The loss of a run's first step."""
     import train
 
-    return train.train_step(workers.build(argv))["loss"]
+    return train.train_step(workers_setup.build(argv))["loss"]
 
 
 def reading(argv, tokens):
     """Summed loss of tokens [batch, seq + 1] under a loaded model, in one process."""
-    state = workers.build(argv)
+    state = workers_setup.build(argv)
     tokens = torch.tensor(tokens)
     positions = torch.arange(tokens.shape[1] - 1)
     with torch.no_grad():
@@ -207,7 +207,7 @@ def spoiled_export(argv, spoiled):
     import errors
     import huggingface
 
-    state = workers.build(argv)
+    state = workers_setup.build(argv)
     said = []
     for numbers in spoiled:
         for parameter in state.parameters:
@@ -230,7 +230,7 @@ def full_disk_export(argv, frees, disk, enough=True):
     import errors
     import huggingface
 
-    state = workers.build(argv)
+    state = workers_setup.build(argv)
     if state.args.checkpoint_dir:
         state.step = state.args.total_steps
         checkpoint.save_if_due(state)
