@@ -35,10 +35,10 @@ def only_the_last_micro_batch_is_summed(train):
 
     on_gradient, finish = Bucketed.on_gradient, Bucketed.finish_gradients
 
-    def spoiled(self, bucket, parameter):
+    def spoiled(self, parameter):
         if not self.last_backward:
             parameter.local, parameter.grad = parameter.grad, None
-        on_gradient(self, bucket, parameter)
+        on_gradient(self, parameter)
 
     def finished(self):
         finish(self)

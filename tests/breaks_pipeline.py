@@ -9,7 +9,8 @@ def stages_start_at_layer_zero(train):
 
     def spoiled(model, seed, device):
         names = {p: p.global_name for p in model.parameters()}
-        first = min(map(int, model.model.layers))
+        found = (re.search(r"layers\.(\d+)\.", name) for name in names.values())
+        first = min(int(number[1]) for number in found if number)
         for parameter, name in names.items():
             parameter.global_name = re.sub(r"[0-9]+", lambda n: str(int(n[0]) - first), name)
         materialize(model, seed, device)

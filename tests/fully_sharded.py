@@ -19,7 +19,7 @@ def fully_sharded(train):
             tags = {name: dict(p.__dict__) for name, p in model.named_parameters()}
             device = next(model.parameters()).device
             mesh = DeviceMesh.from_group(group.handle, device.type)
-            modules = [*model.model.layers.values(), model]
+            modules = [*model.model.layers, model]
             for module in modules:
                 fully_shard(module, mesh=mesh)
             for module in modules:  # a sum: the loss is divided by the targets of all ranks

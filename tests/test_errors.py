@@ -30,7 +30,6 @@ STEP1 = {
     "--weight_decay -0.1": ("--weight_decay", "-0.1"),
     "--dtype int8": ("--dtype", "int8", "bfloat16"),
     "--compile fast": ("--compile", "fast", "inductor"),
-    "--recompute_elementwise": ("--recompute_elementwise", "add --compile"),
     "--seq 64": ("unrecognized arguments", "--seq", "--help"),
     "--metrics_file {tmp}/nowhere/m.jsonl": ("--metrics_file", "nowhere", "directory"),
     "--metrics_file {tmp}": ("--metrics_file", "directory"),

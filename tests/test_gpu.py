@@ -23,11 +23,11 @@ from conftest import step_number
 from harness import World, assert_close
 from launch import launch, on_two, ranks_of
 from layouts import ENGINES
+from test_casts import assert_casts_are_kept_once
 from test_errors import assert_one_line
 from test_huggingface import theirs
 from test_layouts import SHAPE, WHOLE, assert_bfloat16_trains_like_float32, split
 from test_model import TINY, oracle
-from test_pipeline_parallel import assert_casts_are_kept_once
 from test_process_group import assert_collectives, assert_mesh
 
 pytestmark = pytest.mark.gpu
@@ -249,7 +249,7 @@ def test_bfloat16_curves_stay_near_float32(step_dir, subtests):
     assert_bfloat16_trains_like_float32(step_dir, subtests, "cuda", most_ranks)
 
 
-@pytest.mark.steps(7)
+@pytest.mark.steps(9)
 @pytest.mark.parametrize("flags", ["", "--compile", "--tp_size 2 --sequence_parallel --compile"])
 def test_micro_batches_keep_one_cast_of_a_weight(step_dir, worlds, flags):
     assert_casts_are_kept_once(step_dir, worlds, CUDA + flags, 2)

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import workers_data
-import workers_memory
 import workers_pipeline
 import workers_setup
 import workers_steps
@@ -34,7 +33,17 @@ def test_a_pipeline_is_bitwise_the_run_without_one(
             run.assert_same_as(train_on(step_dir, 1, argv, 3), tolerance=0)
 
 
-@pytest.mark.sampled
+@pytest.mark.steps(7, 8)
+@pytest.mark.sampled(8, only=True)
+def test_layers_are_dealt_out_evenly(step_dir, worlds):
+    for layers, stages, expected in ((8, 2, [4, 4]), (7, 3, [2, 2, 3]), (4, 4, [1, 1, 1, 1])):
+        argv = f"--num_hidden_layers {layers} --dataset_name random"
+        ((dealt, _),) = worlds(step_dir, 1).run(workers_pipeline.dealt_layers, argv, stages)
+        assert [len(part) for part in dealt] == expected
+        assert sum(dealt, []) == list(range(layers))
+
+
+@pytest.mark.steps(9)
 @pytest.mark.parametrize(
     "layers, stages, vocab, expected",
     [
@@ -84,62 +93,6 @@ def test_an_output_that_was_sent_is_let_go(step_dir, worlds):
     """However many micro-batches are alive, backward needs no more than the way to it."""
     argv = SMALL + "--pp_size 2 --gradient_accumulation_steps 4"
     assert worlds(step_dir, 2).run(workers_pipeline.outputs_alive, argv) == [0, 0]
-
-
-@pytest.mark.sampled(9, only=True)
-@pytest.mark.parametrize(
-    "flags",
-    ["", "--tp_size 2 --sequence_parallel", "--compile aot_eager", "--tie_word_embeddings yes",
-     "--dp_size 2 --dp_engine zero1", "--dp_size 2 --dp_engine zero3 --tie_word_embeddings yes",
-     "--pp_engine interleaved --gradient_accumulation_steps 4"],
-)  # fmt: skip
-def test_a_shared_cast_changes_no_number(step_dir, train_on, flags):
-    if "interleaved" in flags and step_number(step_dir) < 9:
-        pytest.skip("this schedule comes in step 9")
-    argv = SMALL + f"--pp_size 2 --dtype bfloat16 --gradient_accumulation_steps 3 {flags}"
-    run, ranks = train_on(step_dir, ranks_of(argv), argv, 3), ranks_of(argv)
-    alone = train_on(step_dir, ranks, argv, 3, break_it="casts_by_each_micro_batch")
-    run.assert_same_as(alone, tolerance=0)
-
-
-@pytest.mark.sampled(7, only=True)
-@pytest.mark.parametrize("flags", ["", "--tp_size 2", "--compile aot_eager"])
-def test_a_gradient_through_a_shared_cast_does_not_wait(step_dir, worlds, flags):
-    """Or those of all matrices come last, and nothing is left to hide their sum over dp behind."""
-    argv = SMALL + f"--pp_size 2 --dtype bfloat16 --gradient_accumulation_steps 2 {flags}"
-    for layers in worlds(step_dir, ranks_of(argv)).run(workers_pipeline.order_of_gradients, argv):
-        assert len(layers) == 2 * 9
-        assert layers == sorted(layers, reverse=True)
-
-
-def assert_casts_are_kept_once(step_dir, worlds, flags, bytes_each):
-    """What autograd keeps under AFAB grows with their number m by what each has of its own: it is
-    casts + m x, and so casts = 3 (casts + 2 x) - 2 (casts + 3 x)."""
-    argv = SMALL + f"--pp_size 2 --dtype bfloat16 {flags} --gradient_accumulation_steps "
-    world = worlds(step_dir, ranks_of(argv))
-    afab = "" if step_number(step_dir) == 7 else " --pp_engine afab"
-    two, three = (
-        world.run(workers_memory.bytes_kept_of_a_step, f"{argv}{m}{afab}") for m in (2, 3)
-    )
-    for (of_two, matrices), (of_three, _) in zip(two, three, strict=True):
-        assert matrices > 0
-        assert 3 * of_two - 2 * of_three == bytes_each * matrices
-
-
-@pytest.mark.sampled(7, only=True)
-@pytest.mark.parametrize(
-    "flags, bytes_each",
-    [
-        ("", 2),
-        ("--tp_size 2", 2),
-        ("--compile aot_eager", 2),
-        ("--compile aot_eager --recompute_elementwise", 0),
-        ("--activation_checkpointing", 0),
-        ("--dtype float32", 0),
-    ],
-)
-def test_micro_batches_keep_one_cast_of_a_weight(step_dir, worlds, flags, bytes_each):
-    assert_casts_are_kept_once(step_dir, worlds, flags, bytes_each)
 
 
 @pytest.mark.sampled(8, only=True)

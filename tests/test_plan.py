@@ -79,7 +79,7 @@ def kept_of(argv):
     model.rms_norm = tensor_parallel.rms_norm = Norm.apply
     try:
         with (
-            casts.shared_casts(state.model, state.args),
+            casts.shared_casts(state.model, state.engine, state.args),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
         ):
             out = state.model(x if place else tokens, targets, positions)

@@ -12,8 +12,9 @@ def order_of_gradients(argv):
     import train
 
     state, order = build(argv), []
+    state.engine.on_gradient = lambda parameter: order.append(parameter.global_name)
     for parameter in state.model.parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p: order.append(p.global_name))
+        parameter.register_post_accumulate_grad_hook(state.engine.on_gradient)
     train.forward_backward(state)
     last = order[-len(list(state.model.parameters())) :]
     return [int(name.split(".")[2]) for name in last if ".layers." in name]

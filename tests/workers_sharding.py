@@ -27,9 +27,9 @@ def reductions_during_backward(argv):
     arrived, arrivals = [0], []
     on_gradient, reduce = engine.on_gradient, engine.reduce
 
-    def count(self, bucket, parameter):
+    def count(self, parameter):
         arrived[0] += 1
-        on_gradient(self, bucket, parameter)
+        on_gradient(self, parameter)
 
     def note(self, bucket):
         arrivals.append(arrived[0])

@@ -127,7 +127,7 @@ def generated(argv, prompt, cached=True, ends=()):
     if cached:
         return generate.generate(model, group, prompt, args, ends)
     tokens = list(prompt)
-    for layer in model.model.layers.values():
+    for layer in model.model.layers:
         assert layer.self_attn.attention is causal_attention
     with torch.no_grad():
         while len(tokens) < len(prompt) + args.max_new_tokens:
