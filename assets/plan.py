@@ -10,11 +10,14 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "step9_4d"))
-from context_parallel import check_context_parallel  # noqa: E402
 from errors import UserError  # noqa: E402
-from pipeline_parallel import check_pipeline_parallel, deal_layers  # noqa: E402
+from flags import (  # noqa: E402
+    check_context_parallel,
+    check_pipeline_parallel,
+    check_tensor_parallel,
+)
+from pipeline_parallel import deal_layers  # noqa: E402
 from presets import load_config  # noqa: E402
-from tensor_parallel import check_tensor_parallel  # noqa: E402
 
 SIZES = ("pp_size", "dp_size", "cp_size", "tp_size", "micro_batch_size",
          "gradient_accumulation_steps")  # fmt: skip

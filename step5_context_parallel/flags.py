@@ -6,7 +6,6 @@ import sys
 
 import torch
 
-from context_parallel import check_context_parallel
 from errors import (
     ArgumentParser,
     UserError,
@@ -19,7 +18,6 @@ from files import local_files
 from metrics_file import check_metrics_file
 from presets import load_config
 from started import check_world
-from tensor_parallel import check_tensor_parallel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -98,4 +96,28 @@ def check_compiler(args):
         raise UserError(
             f"--compile: no compiler {' or '.join(names)} is there; install one, name another by "
             f"the variable {variable}, or leave --compile out"
+        )
+
+
+def check_tensor_parallel(args):
+    """Raise UserError unless the ranks of a tensor-parallel group can share the model evenly."""
+    tp, config = args.tp_size, args.config
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if (size := getattr(config, name)) % tp:
+            raise UserError(f"--tp_size {tp} with --{name} {size}: choose a divisor of it")
+    if config.vocab_size < tp:
+        raise UserError(f"--tp_size {tp} with --vocab_size {config.vocab_size}: lower the former")
+    if args.sequence_parallel and args.seq_len // args.cp_size % tp:
+        raise UserError(
+            f"--sequence_parallel with --tp_size {tp}: --seq_len {args.seq_len} / --cp_size "
+            f"{args.cp_size} is not a multiple of it; choose one that is"
+        )
+
+
+def check_context_parallel(args):
+    """Raise UserError unless a sequence can be cut into two chunks for each rank."""
+    if args.cp_size > 1 and args.seq_len % (2 * args.cp_size):
+        raise UserError(
+            f"--cp_size {args.cp_size} with --seq_len {args.seq_len}: choose a multiple of "
+            f"{2 * args.cp_size}, two chunks for each rank"
         )

@@ -14,16 +14,6 @@ import torch
 
 import process_group as pg
 from attention_blocks import backward_block, forward_block
-from errors import UserError
-
-
-def check_context_parallel(args):
-    """Raise UserError unless a sequence can be cut into two chunks for each rank."""
-    if args.cp_size > 1 and args.seq_len % (2 * args.cp_size):
-        raise UserError(
-            f"--cp_size {args.cp_size} with --seq_len {args.seq_len}: choose a multiple of "
-            f"{2 * args.cp_size}, two chunks for each rank"
-        )
 
 
 def zigzag_positions(seq_len, group):

@@ -21,22 +21,11 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 import process_group as pg
-from errors import UserError, check_writable
 from timeline import Timeline
 
 # On all stages but the last a backward pass begins with a matrix product, in autograd's own thread.
 # That has no CUDA context yet, so torch makes one, as it should, and warns.
 warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
-
-
-def check_pipeline_parallel(args):
-    """Raise UserError unless every stage gets a layer, and the timeline has a place."""
-    if args.config.num_hidden_layers < args.pp_size:
-        raise UserError(
-            f"--pp_size {args.pp_size} with --num_hidden_layers {args.config.num_hidden_layers}: "
-            "every stage needs a layer; lower the former"
-        )
-    check_writable("--timeline", args.timeline)
 
 
 def deal_layers(config, stages):

@@ -8,10 +8,10 @@ import torch
 
 from checkpoint import choose_checkpoint, compare
 from config_file import parse_with_file
-from context_parallel import check_context_parallel
 from errors import (
     ArgumentParser,
     UserError,
+    check_writable,
     non_negative_float,
     non_negative_int,
     positive_float,
@@ -19,11 +19,9 @@ from errors import (
 )
 from files import local_files
 from huggingface import load_checked_config
-from interleaved import PIPELINE_ENGINES, check_interleaved
+from interleaved import PIPELINE_ENGINES
 from metrics_file import check_metrics_file
-from pipeline_parallel import check_pipeline_parallel
 from started import check_world
-from tensor_parallel import check_tensor_parallel
 from zero import ENGINES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -125,4 +123,59 @@ def check_compiler(args):
         raise UserError(
             f"--compile: no compiler {' or '.join(names)} is there; install one, name another by "
             f"the variable {variable}, or leave --compile out"
+        )
+
+
+def check_tensor_parallel(args):
+    """Raise UserError unless the ranks of a tensor-parallel group can share the model evenly."""
+    tp, config = args.tp_size, args.config
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if (size := getattr(config, name)) % tp:
+            raise UserError(f"--tp_size {tp} with --{name} {size}: choose a divisor of it")
+    if config.vocab_size < tp:
+        raise UserError(f"--tp_size {tp} with --vocab_size {config.vocab_size}: lower the former")
+    if args.sequence_parallel and args.seq_len // args.cp_size % tp:
+        raise UserError(
+            f"--sequence_parallel with --tp_size {tp}: --seq_len {args.seq_len} / --cp_size "
+            f"{args.cp_size} is not a multiple of it; choose one that is"
+        )
+
+
+def check_context_parallel(args):
+    """Raise UserError unless a sequence can be cut into two chunks for each rank."""
+    if args.cp_size > 1 and args.seq_len % (2 * args.cp_size):
+        raise UserError(
+            f"--cp_size {args.cp_size} with --seq_len {args.seq_len}: choose a multiple of "
+            f"{2 * args.cp_size}, two chunks for each rank"
+        )
+
+
+def check_pipeline_parallel(args):
+    """Raise UserError unless every stage gets a layer, and the timeline has a place."""
+    if args.config.num_hidden_layers < args.pp_size:
+        raise UserError(
+            f"--pp_size {args.pp_size} with --num_hidden_layers {args.config.num_hidden_layers}: "
+            "every stage needs a layer; lower the former"
+        )
+    check_writable("--timeline", args.timeline)
+
+
+def check_interleaved(args):
+    """Set `args.pp_chunks` to 1 where nothing is interleaved; raises UserError."""
+    if args.pp_engine != "interleaved" or args.pp_size == 1:
+        args.pp_chunks = 1
+        return
+    sizes = f"--pp_engine interleaved with --pp_size {args.pp_size}, --pp_chunks {args.pp_chunks}"
+    if args.config.num_hidden_layers < args.pp_size * args.pp_chunks:
+        layers = args.config.num_hidden_layers
+        raise UserError(f"{sizes}: a layer for each chunk, but --num_hidden_layers {layers}")
+    if args.pp_chunks < 2:
+        raise UserError(f"{sizes}: two chunks or more; or use --pp_engine 1f1b")
+    if args.gradient_accumulation_steps % args.pp_size:
+        steps = args.gradient_accumulation_steps
+        raise UserError(f"{sizes}: --gradient_accumulation_steps {steps} is no multiple of pp_size")
+    if args.dp_engine == "zero3" and args.dp_size * args.cp_size > 1:
+        raise UserError(
+            f"{sizes} and --dp_engine zero3: a chunk's weights would be gathered for "
+            "every micro-batch of every round; use zero1 or zero2, or 1f1b"
         )

@@ -16,32 +16,10 @@ import torch
 from torch import nn
 
 import process_group as pg
-from errors import UserError
 from model import Llama
 from pipeline_parallel import SCHEDULES, Stage
 
 PIPELINE_ENGINES = [*SCHEDULES, "interleaved"]
-
-
-def check_interleaved(args):
-    """Set `args.pp_chunks` to 1 where nothing is interleaved; raises UserError."""
-    if args.pp_engine != "interleaved" or args.pp_size == 1:
-        args.pp_chunks = 1
-        return
-    sizes = f"--pp_engine interleaved with --pp_size {args.pp_size}, --pp_chunks {args.pp_chunks}"
-    if args.config.num_hidden_layers < args.pp_size * args.pp_chunks:
-        layers = args.config.num_hidden_layers
-        raise UserError(f"{sizes}: a layer for each chunk, but --num_hidden_layers {layers}")
-    if args.pp_chunks < 2:
-        raise UserError(f"{sizes}: two chunks or more; or use --pp_engine 1f1b")
-    if args.gradient_accumulation_steps % args.pp_size:
-        steps = args.gradient_accumulation_steps
-        raise UserError(f"{sizes}: --gradient_accumulation_steps {steps} is no multiple of pp_size")
-    if args.dp_engine == "zero3" and args.dp_size * args.cp_size > 1:
-        raise UserError(
-            f"{sizes} and --dp_engine zero3: a chunk's weights would be gathered for "
-            "every micro-batch of every round; use zero1 or zero2, or 1f1b"
-        )
 
 
 class Pass(NamedTuple):

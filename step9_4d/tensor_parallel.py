@@ -17,23 +17,7 @@ from torch import nn
 
 import process_group as pg
 from casts import cast_of
-from errors import UserError
 from rms_norm import rms_norm
-
-
-def check_tensor_parallel(args):
-    """Raise UserError unless the ranks of a tensor-parallel group can share the model evenly."""
-    tp, config = args.tp_size, args.config
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if (size := getattr(config, name)) % tp:
-            raise UserError(f"--tp_size {tp} with --{name} {size}: choose a divisor of it")
-    if config.vocab_size < tp:
-        raise UserError(f"--tp_size {tp} with --vocab_size {config.vocab_size}: lower the former")
-    if args.sequence_parallel and args.seq_len // args.cp_size % tp:
-        raise UserError(
-            f"--sequence_parallel with --tp_size {tp}: --seq_len {args.seq_len} / --cp_size "
-            f"{args.cp_size} is not a multiple of it; choose one that is"
-        )
 
 
 # Between the blocks x is [batch, seq, hidden] on every rank, or with sequence parallelism

@@ -156,10 +156,14 @@ def added(path):
     return {n for start, count in hunks for n in range(int(start), int(start) + int(count or 1))}
 
 
+def is_no_lesson(path):
+    return path.name in NO_LESSON or path.name.startswith("traffic")
+
+
 @cache
 def lesson_lines(path):
     """The added lines that a lesson should show: no import, blank line or check of arguments."""
-    if path.name in NO_LESSON or path.name.startswith("traffic"):
+    if is_no_lesson(path):
         return set()
     left = {n for n in added(path) if source(path)[n - 1].strip()}
     for node in ast.walk(ast.parse("\n".join(source(path)))):
@@ -235,8 +239,8 @@ def changes(step):
     """The table of a step: which modules are new, changed, unchanged, with lines added, deleted."""
     old, rows, same = before(step), {"new": [], "changed": []}, []
     for path in sorted(step.glob("*.py")):
-        previous = old / path.name if old else path.with_name("")
-        if not previous.is_file():
+        previous = old / path.name if old else None
+        if previous is None or not previous.is_file():
             rows["new"].append(f"| `{path.name}` | new | {len(source(path))} | 0 |")
         elif source(previous) == source(path):
             same.append(f"`{path.name}`")

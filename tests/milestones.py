@@ -12,12 +12,25 @@ def missing(own):
     own: the folder of a reader's step, called like ours.
     """
     ours = lessons.step_of(lessons.step_number(own))
+    if files := not_copied(own, ours):
+        needs = f"Step {lessons.step_number(ours)} needs {', '.join(files)} of {ours.name}."
+        return 1, f"{needs} They hold no lesson: copy them."
     for item in lessons.walk(ours):
         for piece in item.pieces:
             if lack := lack_of(own, ours, piece):
                 where = f"{ours.name}/{item.page}, item {item.number}, “{item.title}”"
                 return item.milestone, f"{lack} Read {where}."
     return None
+
+
+def not_copied(own, ours):
+    """The files without a lesson that are new or changed in our step, and not yet in another."""
+    old = lessons.before(ours)
+    files = [path for path in sorted(ours.glob("*.py")) if lessons.is_no_lesson(path)]
+    there = {p.name: p.read_text() for p in own.glob("*.py")}
+    past = {p.name: p.read_text() for p in old.glob("*.py")} if old else {}
+    changed = [path.name for path in files if path.read_text() != past.get(path.name)]
+    return [f"`{name}`" for name in changed if there.get(name) == past.get(name)]
 
 
 def lack_of(own, ours, piece):
