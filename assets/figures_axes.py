@@ -1,12 +1,15 @@
 """Tensor parallelism, step 4, and the four axes and checkpoints of step 9."""
 
-from drawing import COLOURS, EDGE, arrow, box, canvas, cells
-from matplotlib.patches import FancyArrowPatch, Polygon, Rectangle
+import itertools
+
+from drawing import COLOURS, EDGE, arrow, box, canvas, ink
+from matplotlib.patches import FancyArrowPatch, Rectangle
 
 
 def tensor_parallel():
     """One decoder layer on two ranks: the slices they hold, and where they communicate."""
-    figure, axes = canvas(12, 7, 52, 30)
+    figure, axes = canvas(12, 7.4, 52, 30)
+    axes.set_ylim(-1.8, 30)
     halves = {"q, k, v": 0, "gate, up": 0, "o": 1, "down": 1}  # cut along which dim
 
     def matrix(x, y, name, rank):
@@ -46,8 +49,18 @@ def tensor_parallel():
         axes.add_patch(FancyArrowPatch(start, end, color="#228833", lw=1.2, **bend))
 
     panels = [
-        (17, "--tp_size 2: grey is the same on both ranks", False, "all-reduce"),
-        (1, "--tp_size 2 --sequence_parallel: half of the tokens each", True, "reduce-scatter"),
+        (
+            17,
+            "--tp_size 2: every rank has all tokens (grey: the same on both)",
+            False,
+            "all-reduce",
+        ),
+        (
+            1,
+            "--tp_size 2 --sequence_parallel: norms and sums on half of the tokens each",
+            True,
+            "reduce-scatter",
+        ),
     ]
     for y, title, dealt_out, end in panels:
         axes.text(0.3, y + 12, title, fontsize=9.5, weight="bold")
@@ -62,6 +75,11 @@ def tensor_parallel():
             block(2.2, low, rank, dealt_out, "q, k, v", heads, "o")
             block(26.2, low, rank, dealt_out, "gate, up", "silu(gate)\n* up", "down")
             activation(50.2, low, rank, dealt_out)
+    text = (
+        "Narrow bars: activations, tokens from top to bottom. Squares: weights, a rank has the "
+        "coloured half. Green: the residual stream. Yellow: the ranks communicate."
+    )
+    axes.text(0.3, -1.6, text, fontsize=8)
     return figure
 
 
@@ -80,13 +98,20 @@ def four_axes():
         colour = COLOURS[partners[rank][1]] if rank in partners else "#f2f2f2"
         box(axes, x - 1.3, y - 1.1, 2.6, 2.2, "", "#333333" if rank == 5 else colour)
         dark = rank == 5 or rank in partners
-        style = {"fontsize": 11, "weight": "bold", "color": "white" if dark else EDGE}
+        shade = "#333333" if rank == 5 else colour
+        style = {"fontsize": 11, "weight": "bold", "color": ink(shade) if dark else EDGE}
         axes.text(x, y, str(rank), ha="center", va="center", **style)
     for pp in range(2):
         left = 2.6 + pp * 13.4
         style = {"fill": False, "ec": "#999999", "lw": 0.9}
         axes.add_patch(Rectangle((left, 1.9), 9.3, 17.2, **style))
-        axes.text(left + 4.65, 19.6, f"pp {pp}: its layers", ha="center", fontsize=9)
+        axes.text(
+            left + 4.65,
+            19.7,
+            f"pp {pp}: the {('first', 'second')[pp]} half of the layers",
+            ha="center",
+            fontsize=9,
+        )
         for tp in range(2):
             axes.text(left + 2.3 + tp * 4.4, 18.2, f"tp {tp}", ha="center", fontsize=7.5)
     for dp in range(2):
@@ -102,20 +127,25 @@ def four_axes():
         axes.add_patch(FancyArrowPatch((x, y), (there, above), **line))
 
     told = [
-        ("tp", 0, "4, 5", "activations, four sums a layer\nand micro-batch"),
-        ("cp", 2, "5, 7", "keys and values, round a ring,\nin every layer"),
-        ("dp", 1, "1, 5", "gradients, once a step; together\nwith cp: 1, 3, 5, 7"),
-        ("pp", 5, "5, 13", "activations, once a stage\nand micro-batch"),
+        ("tp", 0, "4, 5", "activations: four sums in each layer,\nfor each micro-batch"),
+        ("cp", 2, "5, 7", "keys and values: round a ring,\nin each layer"),
+        ("dp", 1, "1, 5", "gradients: once in a step. (dp and cp\ntogether: ranks 1, 3, 5, 7.)"),
+        (
+            "pp",
+            5,
+            "5, 13",
+            "activations and their gradients: from stage\nto stage, for each micro-batch",
+        ),
     ]
     for place, (axis, colour, ranks, text) in enumerate(told):
         y = 15.4 - place * 3.7
         box(axes, 28.6, y, 3.4, 2.2, "", COLOURS[colour])
-        style = {"ha": "center", "va": "center", "color": "white", "weight": "bold"}
+        style = {"ha": "center", "va": "center", "color": ink(COLOURS[colour]), "weight": "bold"}
         axes.text(30.3, y + 1.1, axis, fontsize=11, **style)
         axes.text(32.6, y + 1.5, f"ranks {ranks}", fontsize=8.5, weight="bold", va="center")
         axes.text(32.6, y + 0.1, text, fontsize=8, va="center")
     axes.text(28.6, 19.6, "the groups of rank 5", fontsize=10, weight="bold")
-    text = "rank = ((pp · 2 + dp) · 2 + cp) · 2 + tp: neighbours differ in tp, distant ranks in pp"
+    text = "rank = ((pp · 2 + dp) · 2 + cp) · 2 + tp. Ranks that differ in tp are neighbours."
     axes.text(2.6, 0.6, text, fontsize=8.5)
     return figure
 
@@ -150,7 +180,7 @@ def rectangles():
                 height = max(1, (b - a) // 6)
                 yield a // 6, a % 6, height, (b - a) // height
 
-    axes.text(0.6, 17, "written: tp 2 x dp 3, zero1", fontsize=9.5, weight="bold")
+    axes.text(0.6, 17, "written by 6 ranks: tp 2 × dp 3, zero1", fontsize=9.5, weight="bold")
     text = "tp cuts o_proj.weight by columns; of each half,\nflattened, a dp rank updates one shard"
     axes.text(0.6, 15.3, text, fontsize=8, va="center")
     for row in range(rows):
@@ -162,36 +192,30 @@ def rectangles():
         for dp in range(3):
             for found in split(cuts[dp], cuts[dp + 1]):
                 outline(x, *found)
-            middle = (cuts[dp] + cuts[dp + 1]) / 2 // 6
-            y = low + (rows - 0.5 - middle) * size
-            style = {"ha": "center", "va": "center", "color": "white", "weight": "bold"}
-            axes.text(x + 3 * size, y, f"dp {dp}", fontsize=8.5, **style)
+            y = low + (rows - (1, 4, 7)[dp]) * size  # in the middle of its whole rows
+            fill = COLOURS[2 * dp + tp]
+            style = {"ha": "center", "va": "center", "weight": "bold"}
+            axes.text(x + 3 * size, y, f"dp {dp}", fontsize=8.5, color=ink(fill), **style)
     text = "each outlined rectangle is one part of\na file: dp 1 has three, dp 0 and 2 two"
     axes.text(0.6, 2.6, text, fontsize=8, va="center")
 
     axes.text(19.6, 17, "in the checkpoint", fontsize=9.5, weight="bold")
-    text = "each part's key is its place in the\nfull tensor; nobody's layout"
+    text = "the key of each part says where it\nis in the full tensor"
     axes.text(19.6, 15.3, text, fontsize=8, va="center")
     files = [f"{rank:05d}_0000" for rank in range(6)]
     for rank, name in enumerate(files):
         box(axes, 19.6, 11.2 - rank * 1.4, 5.6, 1.15, "", COLOURS[rank])
         axes.text(
             22.4, 11.75 - rank * 1.4, name, fontsize=7.5, ha="center", va="center",
-            color="white", family="monospace",
+            color=ink(COLOURS[rank]), family="monospace",
         )  # fmt: skip
-    axes.text(
-        22.4,
-        2.6,
-        "six .safetensors; checkpoint.json\nhas sizes and checksums",
-        fontsize=8,
-        ha="center",
-        va="center",
-    )
+    text = "six .safetensors files; their sizes\nand checksums: checkpoint.json"
+    axes.text(19.6, 2.6, text, fontsize=8, va="center")
     arrow(axes, (14.6, 8.3), (19.3, 8.3))
     arrow(axes, (25.6, 8.3), (30.2, 8.3))
 
-    axes.text(30.6, 17, "read: tp 4", fontsize=9.5, weight="bold")
-    text = "each rank takes the overlaps of its own\nrectangle with those that are there"
+    axes.text(30.6, 17, "read by 4 ranks: tp 4", fontsize=9.5, weight="bold")
+    text = "each rank copies what overlaps with its\nown rectangle"
     axes.text(30.6, 15.3, text, fontsize=8, va="center")
     for tp in range(4):
         x = 30.6 + tp * 1.2

@@ -14,7 +14,8 @@ FOUR_LAYERS = (
 
 def engines():
     """What each data-parallel engine keeps on each of four ranks."""
-    figure, axes = canvas(10, 3.6, 41, 15)
+    figure, axes = canvas(10, 4.0, 41, 15)
+    axes.set_ylim(-1.7, 15)
     names = ["naive, bucket", "zero1", "zero2", "zero3"]
     kinds = [("weights", 1.0), ("gradients", 1.0), ("optimizer state", 2.0)]
     whole = [(True, True, True), (True, True, False), (True, False, False), (False, False, False)]
@@ -49,6 +50,11 @@ def engines():
                     )  # fmt: skip
                     y += height * 2.4 + 0.25
         axes.text(left + 4.4, 1.1, total, ha="center", va="top", fontsize=8)
+    text = (
+        "Grey: whole on every rank. Colour: the shard of this rank. N weights in the model, four "
+        "ranks, float32, Adam."
+    )
+    axes.text(20.5, -1.5, text, ha="center", fontsize=8)
     return figure
 
 
@@ -166,10 +172,10 @@ def zero3_memory():
     turn = passes["forward"][-1][2], passes["backward"][0][1]
     for kind, spans in passes.items():
         for name, start, end in spans:
-            text = name.removeprefix("layer ") if kind == "forward" else name
-            block(axes, at(start), y, (end - start) * wide, 2, colours[name], text)
+            size = 6.5 if kind == "forward" else 7.5
+            block(axes, at(start), y, (end - start) * wide, 2, colours[name], name, size)
     block(axes, at(turn[0]), y, (turn[1] - turn[0]) * wide, 2, COLOURS[6], "head\nloss", 6)
-    axes.text(at(passes["forward"][0][1]), y + 2.3, "forward: layer", fontsize=7.5)
+    axes.text(at(passes["forward"][0][1]), y + 2.3, "forward", fontsize=7.5)
     axes.text(at(turn[1]), y + 2.3, "backward", fontsize=7.5)
 
     for place, name in enumerate(rows):

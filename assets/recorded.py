@@ -130,7 +130,7 @@ def zero3_in_a_step(argv):
 
 
 def ticks_of(ranks, chunks, count):
-    """Step 9's plan of interleaved 1F1B: for each tick what each rank does, (kind, chunk, micro)."""
+    """Step 9's plan of interleaved 1F1B: of each tick what each rank does, (kind, chunk, micro)."""
     from interleaved import plan
 
     return [
