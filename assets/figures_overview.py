@@ -206,7 +206,7 @@ def packing():
     figure, axes = canvas(10, 4.6, 40, 19)
     lengths, x = [7, 4, 10, 5, 8], 1.0
     for index, length in enumerate(lengths):
-        cells(axes, x, 16, length, 1.4, [[(2, 4, 7, 6, 3)[index]]])
+        cells(axes, x, 16, length, 1.4, [[6]])
         axes.text(x + length / 2, 16.7, f"document {index}", ha="center", va="center", fontsize=7)
         x += length
         axes.add_patch(Rectangle((x, 16), 0.6, 1.4, fc="black"))

@@ -127,7 +127,7 @@ def schedules():
 def deadlock():
     """Two stages that have something for each other, one message after the other, and together."""
     figure, axes = canvas(11, 5.0, 60, 27)
-    width, talk, never = 9.6, "#fff3c4", "#f4f4f4"
+    width, talk, never = 10.2, "#fff3c4", "#f4f4f4"
 
     def action(column, y, height, text, colour, size=8):
         box(axes, column, y, width, height, text, colour, size)
@@ -162,10 +162,10 @@ def deadlock():
 
     one, other = begin(32.6, "Posted together: both messages pass")
     action(
-        one, 14.6, 5, "send activation 1\nand receive gradient 0,\nthen wait for both", talk, 7.5
+        one, 14.6, 5, "send activation 1\nand receive gradient 0\n\nthen wait for both", talk, 7.5
     )
     action(
-        other, 14.6, 5, "send gradient 0\nand receive activation 1,\nthen wait for both", talk, 7.5
+        other, 14.6, 5, "send gradient 0\nand receive activation 1\n\nthen wait for both", talk, 7.5
     )
     arrow(axes, (one + width + 0.1, 18.0), (other - 0.1, 18.0), COLOURS[0])
     arrow(axes, (other - 0.1, 16.2), (one + width + 0.1, 16.2), COLOURS[1])
@@ -219,18 +219,16 @@ def interleaved_plan():
     panels = [
         ("1f1b: each rank has one chunk of two layers", 29.6, plain, "layers {0}, {1}"),
         (
-            "interleaved: each rank has two chunks of one",
+            "interleaved: each rank has two chunks of one layer",
             15.2,
             interleaved,
-            "layers {2}; {3}",
+            "layers {2}, {3}",
         ),
     ]
     for title, top, rows, layers in panels:
         ticks = max(start + length for row in rows for *_, start, length in row)
         busy = sum(length for *_, length in rows[0])
-        text = (
-            f"{ticks} ticks, of which each rank is idle in {ticks - busy}: {1 - busy / ticks:.1%}"
-        )
+        text = f"{ticks} ticks; each rank is idle in {ticks - busy} of them: {1 - busy / ticks:.1%}"
         axes.text(0.2, top + 1.0, title, fontsize=9.5, weight="bold")
         axes.text(left + end * wide, top + 1.0, text, ha="right", fontsize=8.5)
         for rank, row in enumerate(rows):
