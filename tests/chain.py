@@ -3,7 +3,6 @@
 python tests/chain.py diff 4           show what step 4 adds to step 3
 python tests/chain.py carry            merge uncommitted edits into every later step
 python tests/chain.py check            prove the rules of the chain
-python tests/chain.py table --write    renew the table of changes in every step's README
 """
 
 import argparse
@@ -18,7 +17,6 @@ from pathlib import Path
 README, COSTS = "README.md", "COSTS.md"  # every step's own
 STEP = re.compile(r"step(\d+)_\w+")
 MARKER = re.compile(rb"^(<{7}|\|{7}|>{7})( |\r?$)", re.MULTILINE)
-TABLE = re.compile(r"(<!-- chain:begin -->\n).*?(<!-- chain:end -->)", re.DOTALL)
 WHOLE_FILE = "the whole file"
 
 LONGEST_FILE = 300
@@ -318,39 +316,6 @@ def check(root: Path):
     report(problems, f"{len(problems)} breaches of the chain's rules: mend what is named above")
 
 
-def markdown(old: Step, new: Step) -> str:
-    """Return the README's table of a step: which modules are new, changed, deleted, unchanged."""
-    rows = {"new": [], "changed": [], "deleted": []}
-    for file in python({*old, *new}):
-        what, added, deleted = change(old.get(file), new.get(file))
-        if old.get(file) != new.get(file):
-            rows[what].append(f"| `{file}` | {what} | {added} | {deleted} |")
-    same = ", ".join(f"`{file}`" for file in python(new) if old.get(file) == new[file])
-    last = [f"| {same} | unchanged | | |"] if same else []
-    head = ["| file | what | added | deleted |", "|---|---|---:|---:|"]
-    return "\n".join([*head, *rows["new"], *rows["changed"], *rows["deleted"], *last])
-
-
-def table(root: Path, wanted: int | None, write: bool, check: bool):
-    """Print the tables of changes, or write them into the READMEs, or check those in there."""
-    tree, problems = read(root), []
-    before = {step: tree[previous] for previous, step in pairs(tree)}
-    for step in [find(tree, wanted)] if wanted else tree:
-        text = markdown(before.get(step, {}), tree[step])
-        readme = tree[step].get(README, b"").decode()
-        renewed, places = TABLE.subn(f"\\1\n{text}\n\n\\2", readme)
-        if not (write or check):
-            print(text if wanted else f"{step}\n\n{text}\n")
-        elif not places:
-            problems.append(f"{step}/{README} lacks <!-- chain:begin --> and <!-- chain:end -->")
-        elif renewed != readme and check:
-            problems.append(f"{step}/{README} has an old table: run table {number(step)} --write")
-        elif renewed != readme:
-            (root / step / README).write_bytes(renewed.encode())
-            print(f"{step}/{README}  renewed")
-    report(problems, f"{len(problems)} READMEs without a true table: mend those named above")
-
-
 def parse_args() -> dict:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -372,10 +337,6 @@ def parse_args() -> dict:
     add("--anew", action="store_true", help="forget what earlier runs have carried")
     add("--dry-run", action="store_true", help="write nothing")
     command(check)
-    add = command(table)
-    add("wanted", metavar="N", type=int, nargs="?", help="number of the step (default: all)")
-    add("--write", action="store_true", help="write the tables into the READMEs")
-    add("--check", action="store_true", help="fail if a README's table is not up to date")
     return vars(parser.parse_args())
 
 

@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+import chain
+
 ROOT = Path(__file__).resolve().parents[1]
 NO_LESSON = {"flags.py", "errors.py", "presets.py"}  # and traffic*.py
 LEAST_SHOWN = {9: 80, 10: 80}  # percent of a README; 90 in the other steps, 80 on other pages
@@ -88,6 +90,10 @@ def step_of(number):
 def before(step):
     """The folder of the step before, None for the first."""
     return steps()[step_number(step) - 2] if step_number(step) > 1 else None
+
+
+def pair(step):
+    return before(step), step
 
 
 @cache
@@ -236,27 +242,17 @@ def renewed(page):
 
 
 def changes(step):
-    """The table of a step: which modules are new, changed, unchanged, with lines added, deleted."""
-    old, rows, same = before(step), {"new": [], "changed": []}, []
-    for path in sorted(step.glob("*.py")):
-        previous = old / path.name if old else None
-        if previous is None or not previous.is_file():
-            rows["new"].append(f"| `{path.name}` | new | {len(source(path))} | 0 |")
-        elif source(previous) == source(path):
-            same.append(f"`{path.name}`")
-        else:
-            diff = git_diff(previous, path, 0).splitlines()
-            plus, minus = (sum(line.startswith(sign) for line in diff) for sign in "+-")
-            rows["changed"].append(f"| `{path.name}` | changed | {plus} | {minus} |")
-    if old:
-        rows["changed"] += [
-            f"| `{path.name}` | deleted | 0 | {len(source(path))} |"
-            for path in sorted(old.glob("*.py"))
-            if not (step / path.name).exists()
-        ]
+    """The table of a step: which modules are new, changed, deleted, with the lines."""
+    old, new = ({p.name: p.read_bytes() for p in s.glob("*.py")} if s else {} for s in pair(step))
+    rows = {"new": [], "changed": [], "deleted": []}
+    for file in sorted({*old, *new}):
+        if old.get(file) != new.get(file):
+            what, plus, minus = chain.change(old.get(file), new.get(file))
+            rows[what].append(f"| `{file}` | {what} | {plus} | {minus} |")
+    same = ", ".join(f"`{file}`" for file in sorted(new) if old.get(file) == new[file])
+    last = [f"| {same} | unchanged | | |"] if same else []
     head = ["| file | what | added | deleted |", "|---|---|---:|---:|"]
-    last = [f"| {', '.join(same)} | unchanged | | |"] if same else []
-    return "\n".join([*head, *rows["new"], *rows["changed"], *last])
+    return "\n".join([*head, *rows["new"], *rows["changed"], *rows["deleted"], *last])
 
 
 @cache

@@ -1,11 +1,11 @@
-"""Tests of what chain.py checks and shows: `check`, `diff`, `table` and wrong calls."""
+"""Tests of what chain.py checks and shows: `check`, `diff` and wrong calls."""
 
 import os
 import subprocess
 import sys
 
 import pytest
-from small_chain import ENVIRONMENT, FLAG, FOUR, MARKERS, ONE, STEPS, THREE, TOOL, TOY, TWO, code
+from small_chain import ENVIRONMENT, FLAG, FOUR, ONE, STEPS, THREE, TOOL, TOY, TWO, code
 
 # ---- check ---------------------------------------------------------------------------------------
 
@@ -105,7 +105,7 @@ def test_what_the_rules_let_pass(chain):
     chain.run("check")
 
 
-# ---- diff, table and the command line ------------------------------------------------------------
+# ---- diff and the command line -------------------------------------------------------------------
 
 
 def test_diff_shows_what_a_step_adds(chain):
@@ -131,47 +131,12 @@ def test_diff_is_coloured_on_a_terminal(chain):
     assert b"\x1b[" in os.read(ours, 100)
 
 
-TABLE_THREE = """\
-| file | what | added | deleted |
-|---|---|---:|---:|
-| `data.py` | new | 7 | 0 |
-| `train.py` | changed | 1 | 0 |
-| `toy.py` | deleted | 0 | 4 |
-| `group.py`, `model.py`, `tools/figure.py` | unchanged | | |
-"""
-
-
-def test_table_says_what_became_of_each_module(chain):
-    assert chain.run("table", "3") == TABLE_THREE
-    assert "| `train.py` | new | 14 | 0 |" in chain.run("table", "1")
-    assert f"{THREE}\n\n{TABLE_THREE}" in chain.run("table")
-
-
-def test_table_is_written_between_its_markers_and_checked(chain):
-    chain.write(f"{THREE}/README.md", f"above\n{MARKERS}below, <!-- chain:end -->\n")
-    assert chain.run("table", "3", "--write") == f"{THREE}/README.md  renewed\n"
-    begin, end = MARKERS.splitlines(keepends=True)
-    expected = f"above\n{begin}\n{TABLE_THREE}\n{end}below, {end}"
-    assert chain.read(f"{THREE}/README.md") == expected
-    assert chain.read(f"{TWO}/README.md") == MARKERS
-
-    chain.run("table", "--write")
-    assert chain.run("table", "--check") == ""
-    chain.grow(4, "train.py", "one_more = 1\n")
-    chain.write(f"{TWO}/README.md", "no markers\n")
-    output = chain.run("table", "--check", fails=True)
-    assert f"{FOUR}/README.md has an old table: run table 4 --write" in output
-    assert f"{TWO}/README.md lacks <!-- chain:begin -->" in output
-    assert ONE not in output and THREE not in output
-
-
 @pytest.mark.parametrize(
     ("arguments", "root", "remedy"),
     [
         ("diff 1", ".", "ask for step 2"),
         ("diff 7", ".", f"choose one of {ONE}, {TWO}"),
         ("diff many", ".", "diff --help"),
-        ("table 7", ".", f"choose one of {ONE}, {TWO}"),
         ("carry nothing.py", ".", "no step has a file nothing.py to carry: check its name"),
         ("carry --base nowhere", ".", "nowhere (check --root, and that there is a commit)"),
         ("check", ONE, "name the repository that has them with --root"),
@@ -184,6 +149,5 @@ def test_a_wrong_call_gets_one_line_that_says_what_to_do(chain, arguments, root,
 
 
 def test_this_repository_keeps_its_chain():
-    for command in (["check"], ["table", "--check"]):
-        done = subprocess.run([sys.executable, str(TOOL), *command], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    done = subprocess.run([sys.executable, str(TOOL), "check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
