@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import process_group as pg
 from corpus import load_tokenizer
-from flags import DTYPES
+from flags import DTYPES, check_tensor_parallel
 from huggingface import (
     check_directory,
     check_head,
@@ -39,7 +39,7 @@ from presets import as_list, from_transformers, hub_is_unreachable, ids_of, spec
 from resharding import read_weights
 from run_directory import find, read_about
 from started import check_world, together
-from tensor_parallel import apply_tensor_parallel, check_tensor_parallel
+from tensor_parallel import apply_tensor_parallel
 
 
 def share(text):

@@ -116,7 +116,7 @@ def test_collectives_on_nccl(step_dir, worlds, dtype):
     )
 
 
-@pytest.mark.steps(2, 2)
+@pytest.mark.steps(9)
 @pytest.mark.parametrize("asked, grow", [(None, True), ("expandable_segments:False", False)])
 def test_memory_is_in_segments_that_grow(step_dir, asked, grow):
     """It is asked for by the environment, which has to happen before anything reads it."""

@@ -237,9 +237,7 @@ def test_a_milestone_that_is_not_reached_is_named(tmp_path):
     done = check_of(own, "--milestone", "1")
     assert done.returncode == 0 and "Milestone 1 is reached." in done.stdout, done.stdout
     path = own / "tensor_parallel.py"
-    path.write_text(
-        path.read_text().replace("return grad, None\n", "return 2 * grad, None\n")
-    )
+    path.write_text(path.read_text().replace("return grad, None\n", "return 2 * grad, None\n"))
     done = check_of(own)
     assert done.returncode == 1
     assert "2 times as large as it should be" in done.stdout
