@@ -13,7 +13,8 @@ ONE = "--seq_len 64 --dtype bfloat16 --compile aot_eager --dataset_name random "
 
 @pytest.mark.parametrize(
     "flags",
-    ["", "--tp_size 2 --sequence_parallel", "--compile aot_eager", "--tie_word_embeddings yes",
+    ["", "--tp_size 2 --sequence_parallel", "--tie_word_embeddings yes",
+     pytest.param("--compile aot_eager", marks=pytest.mark.slow),
      "--dp_size 2 --dp_engine zero1", "--dp_size 2 --dp_engine zero3 --tie_word_embeddings yes",
      "--pp_engine interleaved --gradient_accumulation_steps 4"],
 )  # fmt: skip

@@ -19,7 +19,7 @@ FIELDS = {"step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_se
 SAME = ("step", "loss", "grad_norm", "learning_rate", "tokens")
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(9, only=True)
 @pytest.mark.parametrize(
     "flags",
     ["", pytest.param("--dtype bfloat16 --activation_checkpointing", marks=pytest.mark.slow)],

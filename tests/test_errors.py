@@ -203,6 +203,7 @@ def test_an_error_of_the_tokenising_rank_ends_all(step_dir, folder):
     assert_one_line(result, STEP3[flags], 30)
 
 
+@pytest.mark.slow
 @pytest.mark.steps(2, 2)
 def test_an_error_in_opening_the_reports_ends_all(step_dir, tmp_path):
     environment = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "WANDB_DIR": str(tmp_path)}
@@ -213,6 +214,7 @@ def test_an_error_in_opening_the_reports_ends_all(step_dir, tmp_path):
     assert result.errors[1] == ""
 
 
+@pytest.mark.slow
 @pytest.mark.steps(2, 2)
 def test_a_nan_under_torchrun_ends_all(step_dir):
     flags = "--learning_rate 1e38 --warmup_steps 0 --seq_len 8"

@@ -159,6 +159,8 @@ def test_a_missing_tokenizer_is_noticed_before_training(step_dir, worlds, tmp_pa
     assert said.startswith("--tokenizer_name") and "\n" not in said
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_a_name_that_is_taken_meanwhile_loses_no_model(step_dir, tmp_path):
     out = tmp_path / "out"
     argv = "--num_hidden_layers 1 --dataset_name random --seq_len 16 --max_tokens 64 "

@@ -85,6 +85,7 @@ def test_names_that_no_file_can_have_are_one_line(step_dir, name):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(9, only=True)
 def test_training_goes_on_where_nobody_reads_what_it_says(step_dir, tmp_path):
     argv = tiny(step_dir).replace("128", "1280") + f"--metrics_file {tmp_path / 'm.jsonl'}"

@@ -93,7 +93,7 @@ def train_rows(step_dir, train_on, size, subtests):
             train_on(step_dir, size, argv, 2).assert_same_as(train_on(step_dir, 1, whole, 2))
 
 
-@pytest.mark.sampled(6, 9, only=True)
+@pytest.mark.sampled(9, only=True)
 @pytest.mark.steps(4)
 @pytest.mark.parametrize("size", [size for size in SIZES if size <= 4])
 def test_all_layouts_train_the_same_model(step_dir, train_on, size, subtests):
@@ -194,7 +194,7 @@ def assert_same_bits(worlds, step_dir, flags):
         assert len(one) == 4 and one == begun + resumed
 
 
-@pytest.mark.sampled(6, 9, only=True)
+@pytest.mark.sampled(9, only=True)
 @pytest.mark.steps(4)
 def test_a_layout_gives_the_same_bits_twice_and_when_resumed(step_dir, worlds, subtests):
     for flags in LAYOUTS_OF[step_number(step_dir)]:
@@ -344,7 +344,7 @@ READ_ONCE = {
 }
 
 
-@pytest.mark.sampled(3, 6)
+@pytest.mark.sampled(9, only=True)
 def test_the_host_reads_the_device_once_a_step(step_dir, worlds, subtests):
     argv = "--num_hidden_layers 4 --seq_len 32 "
     if step_number(step_dir) > 2:
@@ -393,7 +393,7 @@ def assert_bfloat16_trains_like_float32(step_dir, subtests, device, most_ranks=2
     assert loss > 2e-2, loss
 
 
-@pytest.mark.sampled(3, 9)
+@pytest.mark.sampled(3, only=True)
 @pytest.mark.steps(3)
 def test_bfloat16_trains_like_float32(step_dir, subtests):
     assert_bfloat16_trains_like_float32(step_dir, subtests, "cpu")

@@ -95,6 +95,7 @@ def test_an_output_that_was_sent_is_let_go(step_dir, worlds):
     assert worlds(step_dir, 2).run(workers_pipeline.outputs_alive, argv) == [0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(8, only=True)
 @pytest.mark.parametrize(
     "stages, count",
@@ -172,6 +173,7 @@ SEVEN = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(9, only=True)
 @pytest.mark.steps(7)
 @pytest.mark.parametrize(

@@ -90,7 +90,10 @@ def kept_of(argv):
 
 
 @pytest.mark.steps(9)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(x, marks=[pytest.mark.slow] * (i % 3 > 0)) for i, x in enumerate(LAYOUTS)],
+)
 def test_the_plan_is_what_a_run_does(step_dir, worlds, plan, layout):
     args, argv = plan.parse_args((SHAPE + layout).split()), RUN + SHAPE + layout
     world = worlds(step_dir, ranks_of(layout))

