@@ -140,9 +140,10 @@ def test_kept_files_are_compared_with_each_other(tmp_path, compare_kept):
     assert "name a file that --save wrote" in compare_kept([speed])[0]
 
 
-@pytest.mark.slow
-@pytest.mark.slow
 SMALL = "--num_hidden_layers 2 --seq_len 8 --max_tokens 256"
+
+
+@pytest.mark.slow
 def test_rounding_of_gradients():
     flags = ["--after", "2", "--flags", SMALL]
     whole = "step3_dataloader --micro_batch_size 8"
@@ -165,6 +166,8 @@ def test_rounding_of_gradients():
     for run, words in wrong.items():
         assert words in command("rounding.py", whole, run, *flags, code=1)
     assert "choose 0 or more" in command("rounding.py", whole, "--after=-1", code=1)
+
+
 def test_rounding_of_the_heads_product():
     flags = SMALL.split() + ["--device", "cpu", "--micro_batch_size", "6"]
     found = rows(command("head_rounding.py", "--after", "2", *flags))
@@ -268,6 +271,8 @@ def test_benchmark_measures_beside_transformers(tmp_path, ranks):
     for run in figures["runs"].values():
         assert run["tokens_per_second"] > 500 and run["memory_gb"] > 0.1
     assert rows(command("benchmark.py", *arguments, *runs)) == rows(text)  # nothing ran again
+
+
 def test_of_several_gpus_the_slowest_counts(capsys, monkeypatch):
     """Two processes at once, as they would run on two GPUs; and what one of them has to say."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
