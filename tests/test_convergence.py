@@ -168,6 +168,7 @@ def test_rounding_of_gradients():
     assert "choose 0 or more" in command("rounding.py", whole, "--after=-1", code=1)
 
 
+@pytest.mark.slow
 def test_rounding_of_the_heads_product():
     flags = SMALL.split() + ["--device", "cpu", "--micro_batch_size", "6"]
     found = rows(command("head_rounding.py", "--after", "2", *flags))
@@ -256,7 +257,6 @@ def test_all_runs_over_the_full_number_of_steps(dtype, steps):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_benchmark_measures_beside_transformers(tmp_path, ranks):
     saved = tmp_path / "figures.json"
@@ -273,6 +273,7 @@ def test_benchmark_measures_beside_transformers(tmp_path, ranks):
     assert rows(command("benchmark.py", *arguments, *runs)) == rows(text)  # nothing ran again
 
 
+@pytest.mark.slow
 def test_of_several_gpus_the_slowest_counts(capsys, monkeypatch):
     """Two processes at once, as they would run on two GPUs; and what one of them has to say."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")

@@ -160,7 +160,6 @@ def test_a_missing_tokenizer_is_noticed_before_training(step_dir, worlds, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_name_that_is_taken_meanwhile_loses_no_model(step_dir, tmp_path):
     out = tmp_path / "out"
     argv = "--num_hidden_layers 1 --dataset_name random --seq_len 16 --max_tokens 64 "
@@ -171,6 +170,7 @@ def test_a_name_that_is_taken_meanwhile_loses_no_model(step_dir, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(whole).num_parameters() > 0
 
 
+@pytest.mark.slow
 def test_a_head_that_is_not_read_is_named(step_dir, tmp_path):
     theirs(tmp_path)
     argv = f"--load_hf {tmp_path} --dataset_name random --seq_len 16 --max_tokens 64 "
