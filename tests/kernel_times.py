@@ -86,6 +86,11 @@ def times(kernels):
     return {"in all": span / 1e3} | {name: number / 1e3 for name, number in found.items()}
 
 
+def reserved_gib():
+    """The most memory that PyTorch has reserved on this GPU."""
+    return torch.cuda.max_memory_reserved() / 2**30
+
+
 def measured(state, train, rank=None):
     """Train; (median seconds of a step, {rank: its figures}, this rank's kernels).
 
@@ -97,7 +102,7 @@ def measured(state, train, rank=None):
         train.train_step(state)  # at its end the device has finished, too
         seconds.append(time.perf_counter() - begun)
     kernels = profiled(lambda: train.train_step(state))
-    own = times(kernels) | {"GiB reserved": torch.cuda.max_memory_reserved() / 2**30}
+    own = times(kernels) | {"GiB reserved": reserved_gib()}
     found = {rank: own}
     if rank is None:
         ranks = [None] * state.mesh.world.size
@@ -116,8 +121,9 @@ def free(state):
     state.optimizer.state.clear()
     torch.compiler.reset()
     gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    if state.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def longest(kernels, count):
@@ -137,7 +143,8 @@ def split(argv):
     return [argv[start:end] for start, end in zip(starts, [*ends, None], strict=True)]
 
 
-def main():
+def parse(argv):
+    """(what is common to all runs, the flags of each run)."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -145,16 +152,18 @@ def main():
     parser.add_argument("--rank", type=int, help="only this one of the layout, on one GPU")
     parser.add_argument("step", help="directory of a step, from the second on")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="of its train.py")
-    common, *runs = split(sys.argv[1:])
-    options = parser.parse_args(common)
-    if not torch.cuda.is_available():
-        sys.exit("error: the kernels are those of a GPU, and this machine has no CUDA device")
+    common, *runs = split(argv)
+    return parser.parse_args(common), runs or [[]]
+
+
+def report(options, runs):
+    """Train each run on the device that its flags name, and print the table."""
     sys.path.insert(0, str(ROOT / options.step))
     import process_group as pg
     import train
 
     rows, more = [], []
-    for run in runs or [[]]:
+    for run in runs:
         flags = options.flags + run
         with contextlib.ExitStack() as stack:
             if options.rank is not None:
@@ -181,6 +190,13 @@ def main():
         print("\n".join(more))
     if options.rank is None:
         pg.finish()
+
+
+def main():
+    options, runs = parse(sys.argv[1:])
+    if not torch.cuda.is_available():
+        sys.exit("error: the kernels are those of a GPU, and this machine has no CUDA device")
+    report(options, runs)
 
 
 if __name__ == "__main__":

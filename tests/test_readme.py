@@ -14,11 +14,11 @@ from conftest import ROOT
 
 SECTIONS = ["Why", "The idea", "What changes", "Walk through the code", "Run it", "Check it",
             "What it costs", "Exercises", "Read more"]  # fmt: skip
-READMES = [ROOT / "README.md", ROOT / "tests" / "README.md", *sorted(ROOT.glob("step*/README.md"))]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("[!.]*/*.md")])
 
 
-@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_what_a_readme_points_to_is_there(path):
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_page_points_to_is_there(path):
     text = path.read_text()
     for target, section in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
         there = path.parent / target if target else path
@@ -30,8 +30,24 @@ def test_what_a_readme_points_to_is_there(path):
 
 def sections_of(path):
     """What a link may name behind `#`: headings in small letters, with hyphens for spaces."""
-    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)  # and no comments of commands
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_front_page_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_a_term_of_the_glossary_is_short_and_names_its_step():
+    _, *entries = re.split(r"^### ", (ROOT / "GLOSSARY.md").read_text(), flags=re.MULTILINE)
+    assert len(entries) > 60
+    terms = [entry.splitlines()[0].lower() for entry in entries]
+    assert len(set(terms)) == len(terms)
+    for entry in entries:
+        said, where = entry.rsplit(" ([", 1)
+        assert re.fullmatch(r"step (\d)\]\(step\1_\w+/README\.md\)\)\s*", where), entry
+        assert len(re.findall(r"[.!?]\)?(?=\s|$)", said)) <= 3, entry
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("step*/README.md")), ids=lambda p: p.parent.name)
@@ -57,10 +73,8 @@ def test_idle_time_counts_from_the_first_pass_to_the_last():
 def test_figures_are_drawn_by_code(tmp_path):
     figures = script("figures")
     drawn = {path.name for path in figures.draw_all(tmp_path)}
-    shown = {
-        name for path in READMES for name in re.findall(r"assets/(\w+\.png)", path.read_text())
-    }
-    assert drawn <= shown, "a figure that no README shows"
+    shown = {name for path in PAGES for name in re.findall(r"assets/(\w+\.png)", path.read_text())}
+    assert drawn <= shown, "a figure that no page shows"
     # These show what was measured; convergence.py, ring_work.py and timeline.py draw them.
     measured = {"convergence.png", "tinyllama.png", "ring_work.png", "afab.png",
                 "afab_gpu.png", "1f1b_gpu.png", "interleaved_gpu.png"}  # fmt: skip
