@@ -95,7 +95,9 @@ class World:
             ready = wait(waiting, timeout=max(0, min(LOOK, deadline - time.monotonic())))
             for rank, (good, result) in self.received(ready, waiting):
                 if not good:
-                    self.fail(f"rank {rank} of {self.size} {result}")
+                    lost = result.startswith("died") or "by peer" in result
+                    more = self.last_words(waiting) if lost else ""
+                    self.fail(f"rank {rank} of {self.size} {result}{more}")
                 results[rank] = result
             ranks = sorted(waiting.values())
             if not ready and time.monotonic() >= deadline:
@@ -115,8 +117,14 @@ class World:
             try:
                 news.append((rank, pipe.recv()))
             except EOFError:
-                news.insert(0, (rank, (False, f"died, {how_it_ended(self.processes[rank])}")))
+                words = how_it_ended(self.processes[rank], self.stack_files[rank], self.step_dir)
+                news.insert(0, (rank, (False, f"died, {words}")))
         return news
+
+    def last_words(self, waiting):
+        """What other ranks say that fail in the second after one has died, or has lost another."""
+        others = self.received(wait(waiting, timeout=1) if waiting else [], waiting)
+        return "".join(f"\nrank {rank} {text}" for rank, (good, text) in others if not good)
 
     def fail(self, text):
         __tracebackhide__ = True
@@ -150,6 +158,7 @@ def serve(pipe, step_dir, rank, environment, stack_file):
         share_gpus()
     stacks = open(stack_file, "a")  # for as long as this process lives
     faulthandler.register(SIGNAL, stacks, all_threads=False)
+    faulthandler.enable(stacks)  # where a library ends the process
     torch.set_num_threads(1)
     sys.path.insert(0, step_dir)
     while True:
@@ -196,6 +205,7 @@ def array_of(tensor, name):
 
 def differences(reference, actual, what):
     """{name: max|difference| / max|reference|}; where the latter is 0, 1e-14 counts as 1e-10."""
+    __tracebackhide__ = True
     missing = [name for name in reference if name not in actual]
     unexpected = [name for name in actual if name not in reference]
     assert not missing + unexpected, only_on_one_side(missing, unexpected, what)
@@ -204,6 +214,7 @@ def differences(reference, actual, what):
 
 
 def compare(reference, actual, what, tolerance):
+    __tracebackhide__ = True
     return Comparison(what, reference, actual, differences(reference, actual, what), tolerance)
 
 
@@ -268,10 +279,9 @@ class Run:
         self.stages = self.stages_of(ranks)
         # In the order of training: the first complaint is the nearest to the mistake.
         self.before = self.whole([rank["before"] for rank in ranks], "initial weight")
-        self.gradients = [
-            self.whole(held, f"step {step}, gradient")
-            for step, held in enumerate(zip(*(r["gradients"] for r in ranks), strict=True), 1)
-        ]
+        self.gradients = []
+        for step, held in enumerate(zip(*(r["gradients"] for r in ranks), strict=True), 1):
+            self.gradients.append(self.whole(held, f"step {step}, gradient"))
         self.after = self.whole([rank["after"] for rank in ranks], "final weight")
 
     def whole(self, held, what):
@@ -303,9 +313,9 @@ class Run:
         __tracebackhide__ = True
         pairs = self.compared_with(reference)
         for _, moment in itertools.groupby(pairs, lambda pair: pair[0].split(",")[0]):
-            comparisons = [
-                compare(one, other, what, tolerance if "initial" not in what else 0)
-                for what, one, other in moment
-            ]
+            comparisons = []
+            for what, one, other in moment:
+                most = tolerance if "initial" not in what else 0
+                comparisons.append(compare(one, other, what, most))
             if any(comparison.wrong for comparison in comparisons):
                 raise AssertionError(explain(comparisons, self.sizes, self.stages))

@@ -59,6 +59,7 @@ def assemble(ranks, what="", sizes=None):
     what: "initial weight", "step 1, gradient" and the like; sizes: the run's, for better words.
     Raises AssertionError where no rank holds an element, or two hold different values of it.
     """
+    __tracebackhide__ = True  # what pytest shows ends at the caller's line
     full = {}
     for rank, held in enumerate(ranks):
         for name, shape, slices, piece, array in held:

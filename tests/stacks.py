@@ -6,6 +6,7 @@ for some seconds, and each of them waits in a call that needs other ranks, nothi
 more. A rank that sleeps, or waits for a file or a child process, is not in such a call.
 """
 
+import contextlib
 import linecache
 import os
 import re
@@ -21,6 +22,7 @@ TESTS = str(Path(__file__).parent)
 SIGNAL = signal.SIGUSR2  # the steps use SIGUSR1 themselves
 LOOK = 1.0  # seconds between two looks at ranks that have not answered
 BUSY = 0.02  # seconds of processor time in a second: less is waiting
+FRAME = r'File "(.*)", line (\d+) in (.*)'
 HIDDEN = ("/tests/harness.py", "/multiprocessing/", "/torch/nn/modules/module.py")
 
 
@@ -58,18 +60,27 @@ def short_traceback(error):
     return "".join(whole.format())
 
 
-def how_it_ended(process):
-    """Words for a process that is gone: "with code 1", "killed by SIGKILL, …"."""
+SIGNALS = {
+    "SIGKILL": "Somebody killed it, perhaps the system because memory was short.",
+    "SIGSEGV": "It used memory that is not its own.",
+    "SIGABRT": "gloo does this when the ranks' calls do not fit together: one rank makes another "
+    "call, or one with a tensor of another size. Compare the calls of all ranks of the group, "
+    "their order, and the shapes of what they send.",
+}
+
+
+def how_it_ended(process, file, step_dir):
+    """Words for a process that is gone: its code or signal, and where it was.
+
+    file: into it the process wrote its stack, if it still could.
+    """
     process.join(5)
     code = process.exitcode
-    if code is None or code >= 0:
-        return f"with code {code}"
-    name = signal.Signals(-code).name
-    more = {
-        "SIGKILL": ": somebody killed it, perhaps the system because memory was short",
-        "SIGSEGV": ": it used memory that is not its own",
-    }
-    return f"killed by {name}{more.get(name, '')}"
+    name = signal.Signals(-code).name if code is not None and code < 0 else None
+    text = f"killed by {name}" if name else f"with code {code}"
+    if frames := frames_in(Path(file).read_text()):
+        text += f"\noutermost call first:{shortened(frames, step_dir)}"
+    return text + listed([SIGNALS[name]] if name in SIGNALS else [])
 
 
 # --- ranks that wait ------------------------------------------------------------------------------
@@ -91,20 +102,27 @@ def read_stacks(ranks):
     """
     for pid, file in ranks.values():
         os.truncate(file, 0)
-        os.kill(pid, SIGNAL)
-    deadline = time.monotonic() + 2
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, SIGNAL)
+    deadline, texts = time.monotonic() + 2, {}
     while time.monotonic() < deadline:
         time.sleep(0.1)
-        texts = {rank: Path(file).read_text() for rank, (_, file) in ranks.items()}
-        if all(texts.values()):
+        before, texts = texts, {rank: Path(file).read_text() for rank, (_, file) in ranks.items()}
+        if all(texts.values()) and texts == before:  # nobody is still writing
             break
-    pattern = r'File "(.*)", line (\d+) in (.*)'
-    found = {rank: re.findall(pattern, text) for rank, text in texts.items()}
-    return {
-        rank: [Frame(file, int(line), function) for file, line, function in frames]
-        for rank, frames in found.items()
-        if frames
-    }
+    found = {rank: frames_in(text) for rank, text in texts.items()}
+    return {rank: frames for rank, frames in found.items() if frames}
+
+
+def frames_in(text):
+    """The frames of the main thread, in which `serve` is, of what `faulthandler` wrote."""
+    threads = [
+        [Frame(file, int(line), name) for file, line, name in re.findall(FRAME, thread)]
+        for thread in re.split(r"^(?:Current t|T)hread ", text, flags=re.MULTILINE)
+    ]
+    return max(
+        threads, key=lambda frames: (any(f.function == "serve" for f in frames), len(frames))
+    )
 
 
 def is_own(frame, step_dir):

@@ -234,6 +234,13 @@ def test_what_is_wrong_from_the_second_step_on_is_the_update():
     assert "before the last update are right" in text and "With zero3" in text
 
 
+def test_the_first_line_names_the_wrong_tensor_that_backward_meets_first():
+    wrong = mixed(lambda n: "down_proj" in n or "embed" in n)
+    with pytest.raises(AssertionError) as error:
+        assert_close(tensors(), wrong, "step 1, gradient")
+    assert str(error.value).startswith("step 1, gradient of model.layers.1.mlp.down_proj.weight: ")
+
+
 def test_small_differences_and_numbers_that_are_none():
     text = said_by(Small(gradients=scaled(1 + 1e-7), sizes=DP))
     assert "nothing may be computed in float32" in text

@@ -9,6 +9,9 @@ from harness import run_steps
 
 def nothing():
     """For the time that it takes to start."""
+    import process_group as pg
+
+    pg.init_processes("cpu")
 
 
 def wait_for_each_other(how):
@@ -33,6 +36,17 @@ def wait_for_each_other(how):
         if group.is_first:
             work = pg.all_reduce(x, group, async_op=True)
             work.wait()
+
+
+def sizes_that_do_not_fit():
+    """A sum of tensors of other sizes on each of two ranks."""
+    import torch
+
+    import process_group as pg
+
+    pg.init_processes("cpu")
+    group = pg.Mesh(dp=2).group("dp")
+    add_up(torch.ones(8 * (1 + group.rank)), group)
 
 
 def add_up(x, group):
