@@ -144,9 +144,9 @@ def test_who_took_too_long_is_shown():
 
 def test_where_processor_time_cannot_be_read_nobody_is_taken_for_idle(monkeypatch):
     watch = Watch(SimpleNamespace(processes=[SimpleNamespace(pid=1)] * 2), idle=2)
-    times = iter([1.0, 1.0, 1.01, 1.0, 1.02, 1.01, 1.5, 1.01, 1.5, 1.01, 1.5, 1.01])
+    times = iter([1.0, 1.0, 1.01, 1.0, 1.02, 1.01, 1.07, 1.01, 1.07, 1.03, 1.07, 1.05])
     monkeypatch.setattr(stacks, "processor_seconds", lambda pid: next(times))
-    # The first look has nothing to compare with; half a second at the fourth one is work.
+    # The first look has nothing to compare with; 0.05 s of one rank at the fourth one is work.
     assert [watch.is_quiet() for _ in range(6)] == [False, False, True, False, False, True]
     monkeypatch.setattr(stacks, "processor_seconds", lambda pid: None)
     assert not any(watch.is_quiet() for _ in range(6))
