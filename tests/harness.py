@@ -122,8 +122,8 @@ class World:
         return news
 
     def last_words(self, waiting):
-        """What other ranks say that fail in the second after one has died, or has lost another."""
-        others = self.received(wait(waiting, timeout=1) if waiting else [], waiting)
+        """What other ranks say that fail soon after one has died, or has lost another."""
+        others = self.received(wait(waiting, timeout=3) if waiting else [], waiting)
         return "".join(f"\nrank {rank} {text}" for rank, (good, text) in others if not good)
 
     def fail(self, text):
