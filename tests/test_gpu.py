@@ -89,7 +89,7 @@ def test_bfloat16_gradients_stay_near_float32(step_dir, train_on, worlds, flags)
     rough = train_on(step_dir, 1, argv + " --dtype bfloat16", 1).gradients[0]
     for name in exact:
         error = np.linalg.norm(rough[name] - exact[name]) / np.linalg.norm(exact[name])
-        assert error < 3e-2, f"gradient of {name}: off by {error}"
+        assert error < 3e-2, (name, error)
     if "--compile" in flags:
         return  # what watches every operator does not see into compiled layers
     _, kept = worlds(step_dir, 1).run(workers.dtypes_of_a_step, argv + " --dtype bfloat16")[0]
@@ -140,7 +140,7 @@ def test_errors_of_the_kernels_that_could_be_chosen(tmp_path):
     for what in ("attention", "blocks", "norms"):
         assert len(figures[what]) >= 2
         for name, _, _, error in figures[what]:
-            assert error < 1e-2, f"{what}, {name}: off by {error}"
+            assert error < 1e-2, (what, name)
 
 
 LAYOUTS = {
@@ -224,7 +224,7 @@ def test_bfloat16_layouts_stay_near_float32(step_dir, train_on, worlds, subtests
                 assert error < 3e-2, (name, error)
             for seen in worlds(step_dir, size).run(workers.reduction_dtypes, argv + split + flags):
                 for what, dtypes in seen.items():
-                    assert dtypes <= {"torch.float32", "torch.float64"}, f"{what} in {dtypes}"
+                    assert dtypes <= {"torch.float32", "torch.float64"}, (what, dtypes)
 
 
 @pytest.mark.steps(3)
@@ -259,8 +259,7 @@ def test_allocated_bytes_are_those_of_the_zero_paper(step_dir, worlds):
             shards = {"zero1": 3, "zero2": 3, "zero3": 4}.get(engine, 0)  # of weights, gradients, …
             due = 16 - 4 * shards * (1 - 1 / dp)
             for held, _, count in ranks:
-                words = f"{engine}: {held / count} bytes a weight, not {due}"
-                assert held == pytest.approx(due * count, rel=1e-2), words
+                assert held == pytest.approx(due * count, rel=1e-2), (engine, held / count, due)
             peaks[engine] = max(peak for _, peak, _ in ranks)
         assert peaks["bucket"] > peaks["zero1"] > peaks["zero2"] > peaks["zero3"], peaks
 
@@ -293,9 +292,7 @@ def test_sends_travel_while_kernels_compute(step_dir, worlds):
     argv += "--seq_len 2048 --micro_batch_size 4"
     a_gpu_for_each_rank(argv)
     for found, hidden in worlds(step_dir, 2).run(workers.kernels_of, argv):
-        assert sum(share > 0.5 for share in hidden) == 7, (
-            f"kernels {found}, of which hidden {hidden}"
-        )
+        assert sum(share > 0.5 for share in hidden) == 7, (found, hidden)
 
 
 @pytest.mark.steps(9)
