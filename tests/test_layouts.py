@@ -242,8 +242,7 @@ MISTAKES_5 = [
 MISTAKES_6 = [
     ("gradients_not_summed", "--cp_size 2 --dp_engine naive", "another value"),
     ("gradients_not_summed", "--dp_size 2 --dp_engine naive", "another value"),
-    *(("mean_over_ranks", f"--dp_size 2 --dp_engine {engine}", "grad_norm of step 1")
-      for engine in ENGINES),
+    *(("mean_over_ranks", f"--dp_size 2 --dp_engine {e}", "grad_norm of step 1") for e in ENGINES),
     ("same_data_on_every_rank", "--dp_size 2", "loss of step 1"),
     ("only_the_last_micro_batch_is_summed", "--dp_size 2 --dp_engine bucket", "another value"),
     ("every_backward_is_the_last", "--dp_size 2 --dp_engine bucket", "grad_norm of step 1"),
