@@ -9,16 +9,20 @@ the next call, so a world of four costs a tenth of a second and not ten.
 """
 
 import faulthandler
+import itertools
 import multiprocessing
 import os
-import signal
 import sys
+import tempfile
 import time
-import traceback
 from multiprocessing.connection import wait
+from pathlib import Path
 
 import numpy as np
+from diagnosis import Comparison, Sizes, explain
+from replicas import assemble, only_on_one_side
 from shared_gpus import share_gpus
+from stacks import LOOK, SIGNAL, Watch, how_it_ended, one_line, short_traceback
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # What all steps import, by themselves or, as dynamo, through an optimizer: a rank begins at once.
@@ -28,7 +32,7 @@ CONTEXT.set_forkserver_preload(
 
 
 class RankError(AssertionError):
-    """A rank failed or hung; the text holds its traceback."""
+    """A rank failed or hung; the first line says how, then come its traceback or all stacks."""
 
 
 class World:
@@ -42,8 +46,11 @@ class World:
         self.context = multiprocessing.get_context("spawn") if fresh else CONTEXT
         self.environment = environment
         self.processes, self.pipes = [], []
+        self.folder = None  # of files into which the ranks write where they stand
 
     def start(self):
+        self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        self.stack_files = [Path(self.folder.name, str(rank)) for rank in range(self.size)]
         pipes = [self.context.Pipe() for _ in range(self.size)]
         self.pipes = [mine for mine, _ in pipes]
         environment = {
@@ -56,7 +63,9 @@ class World:
         }
         self.processes = [
             self.context.Process(
-                target=serve, args=(theirs, self.step_dir, rank, environment), daemon=True
+                target=serve,
+                args=(theirs, self.step_dir, rank, environment, self.stack_files[rank]),
+                daemon=True,
             )
             for rank, (_, theirs) in enumerate(pipes)
         ]
@@ -64,14 +73,16 @@ class World:
             process.start()
             theirs.close()
 
-    def run(self, function, *args, timeout=120):
+    def run(self, function, *args, timeout=120, idle=15):
         """Call function(*args) on every rank; the list of results, in order of rank.
 
-        Raises RankError with the traceback of the first rank that failed, died or took longer than
-        `timeout` seconds; then all ranks are ended.
+        Raises RankError, with where the ranks stand, when one fails or dies, when for `idle`
+        seconds all of them have only waited for each other, or after `timeout` seconds; then all
+        ranks are ended.
         """
         import torch.distributed as dist
 
+        __tracebackhide__ = True  # what pytest shows ends at the test's own line
         if not self.processes:
             self.start()
         # Like torchrun's agent: the launcher holds the store in which the ranks find each other.
@@ -79,26 +90,44 @@ class World:
         for pipe in self.pipes:
             pipe.send((store.port, function, args))
         results, waiting = {}, dict(zip(self.pipes, range(self.size), strict=True))
-        deadline = time.monotonic() + timeout
+        deadline, watch = time.monotonic() + timeout, Watch(self, idle)
         while waiting:
-            ready = wait(waiting, timeout=max(0, deadline - time.monotonic()))
-            if not ready:
-                self.fail(f"ranks {sorted(waiting.values())} took over {timeout} s", show=True)
-            for pipe in ready:
-                rank = waiting.pop(pipe)
-                try:
-                    good, results[rank] = pipe.recv()
-                except EOFError:
-                    self.fail(f"rank {rank} of {self.size} died")
+            ready = wait(waiting, timeout=max(0, min(LOOK, deadline - time.monotonic())))
+            for rank, (good, result) in self.received(ready, waiting):
                 if not good:
-                    self.fail(f"rank {rank} of {self.size} failed:\n{results[rank]}")
+                    lost = result.startswith("died") or "by peer" in result
+                    more = self.last_words(waiting) if lost else ""
+                    self.fail(f"rank {rank} of {self.size} {result}{more}")
+                results[rank] = result
+            ranks = sorted(waiting.values())
+            if not ready and time.monotonic() >= deadline:
+                self.fail(f"ranks {ranks} took over {timeout} s\n{watch.standing(ranks)}")
+            if not ready and (text := watch.deadlock(ranks)):
+                self.fail(text)
         return [results[rank] for rank in range(self.size)]
 
-    def fail(self, text, show=False):
-        if show:  # where each of them stands, on standard error
-            for process in self.processes:
-                os.kill(process.pid, signal.SIGUSR1)
-            time.sleep(0.5)
+    def received(self, ready, waiting):
+        """[(rank, (good, result or words))] of pipes with news; who died comes first.
+
+        For a death makes other ranks fail too, with an error that says less.
+        """
+        news = []
+        for pipe in ready:
+            rank = waiting.pop(pipe)
+            try:
+                news.append((rank, pipe.recv()))
+            except EOFError:
+                words = how_it_ended(self.processes[rank], self.stack_files[rank], self.step_dir)
+                news.insert(0, (rank, (False, f"died, {words}")))
+        return news
+
+    def last_words(self, waiting):
+        """What other ranks say that fail soon after one has died, or has lost another."""
+        others = self.received(wait(waiting, timeout=3) if waiting else [], waiting)
+        return "".join(f"\nrank {rank} {text}" for rank, (good, text) in others if not good)
+
+    def fail(self, text):
+        __tracebackhide__ = True
         self.close()
         raise RankError(text)
 
@@ -107,6 +136,8 @@ class World:
             process.kill()
             process.join()
         self.processes = []
+        if self.folder:
+            self.folder.cleanup()
 
     def __enter__(self):
         return self
@@ -115,7 +146,7 @@ class World:
         self.close()
 
 
-def serve(pipe, step_dir, rank, environment):
+def serve(pipe, step_dir, rank, environment, stack_file):
     """The life of one rank: functions in, results out."""
     import torch
     import torch.distributed as dist
@@ -125,7 +156,9 @@ def serve(pipe, step_dir, rank, environment):
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     if 0 < torch.cuda.device_count() < int(environment["WORLD_SIZE"]):
         share_gpus()
-    faulthandler.register(signal.SIGUSR1)
+    stacks = open(stack_file, "a")  # for as long as this process lives
+    faulthandler.register(SIGNAL, stacks, all_threads=False)
+    faulthandler.enable(stacks)  # where a library ends the process
     torch.set_num_threads(1)
     sys.path.insert(0, step_dir)
     while True:
@@ -139,8 +172,8 @@ def serve(pipe, step_dir, rank, environment):
             if dist.is_initialized():
                 dist.barrier()
                 dist.destroy_process_group()
-        except BaseException:
-            result = False, traceback.format_exc()
+        except BaseException as error:
+            result = False, f"failed: {one_line(error)}\n{short_traceback(error)}"
         pipe.send(result)
 
 
@@ -159,52 +192,47 @@ def pieces(parameters, of):
             tuple(p.full_shape),
             p.held,
             getattr(p, "piece", slice(None)),
-            of(p).detach().double().cpu().numpy().copy(),
+            array_of(of(p), p.global_name),
         )
         for p in parameters
     ]
 
 
-def assemble(ranks):
-    """Full arrays {name: array} from the pieces of all ranks, a list for each rank.
-
-    Raises AssertionError where no rank holds an element, or two hold different values of it.
-    """
-    full = {}
-    for rank, held in enumerate(ranks):
-        for name, shape, slices, piece, array in held:
-            whole = full.setdefault(name, np.full(shape, np.nan))
-            flat = whole[slices].flatten()
-            there, array = flat[piece], array.flatten()
-            differs = ~np.isnan(there) & (there != array)
-            assert not differs.any(), f"{name}: rank {rank} holds another value than a rank before"
-            flat[piece] = array
-            whole[slices] = flat.reshape(whole[slices].shape)
-    for name, whole in full.items():
-        assert not np.isnan(whole).any(), f"{name}: a part that no rank holds, or a NaN"
-    return full
+def array_of(tensor, name):
+    assert tensor is not None, f"{name} has no gradient: no backward pass of this rank reached it"
+    return tensor.detach().double().cpu().numpy().copy()
 
 
 def differences(reference, actual, what):
     """{name: max|difference| / max|reference|}; where the latter is 0, 1e-14 counts as 1e-10."""
-    only_one = reference.keys() ^ actual.keys()
-    assert not only_one, f"{what}: {only_one} on one side only"
+    __tracebackhide__ = True
+    missing = [name for name in reference if name not in actual]
+    unexpected = [name for name in actual if name not in reference]
+    assert not missing + unexpected, only_on_one_side(missing, unexpected, what)
     largest = {name: np.abs(whole).max() or 1e-4 for name, whole in reference.items()}
     return {name: np.abs(reference[name] - actual[name]).max() / largest[name] for name in largest}
 
 
-def assert_close(reference, actual, what, tolerance=1e-10):
+def compare(reference, actual, what, tolerance):
+    __tracebackhide__ = True
+    return Comparison(what, reference, actual, differences(reference, actual, what), tolerance)
+
+
+def assert_close(reference, actual, what, tolerance=1e-10, sizes=None):
     """N5: per tensor max|difference| <= tolerance * max|reference|; below 1e-14 for a zero one."""
-    for name, off in differences(reference, actual, what).items():
-        assert off <= tolerance, f"{what} of {name}: off by {off:.3g}, bound {tolerance:.3g}"
+    __tracebackhide__ = True
+    comparison = compare(reference, actual, what, tolerance)
+    if comparison.wrong:
+        raise AssertionError(explain([comparison], sizes))
 
 
 def run_steps(argv, steps, break_it=None):
     """A worker function: train for some steps and return all numbers that must not change.
 
-    Returns a dict: config; metrics, one dict a step; batches, one list of (tokens, targets,
-    positions) a step; before, after: pieces of the weights; gradients: pieces of every step,
-    before clipping. break_it: name of a function of `breaks.py`, called with the `train` module.
+    Returns a dict: config; sizes, what the run is split into; metrics, one dict a step; batches,
+    one list of (tokens, targets, positions) a step; before, after: pieces of the weights;
+    gradients: pieces of every step, before clipping. break_it: name of a function of `breaks.py`,
+    called with the `train` module.
     """
     import torch
 
@@ -217,6 +245,7 @@ def run_steps(argv, steps, break_it=None):
         getattr(breaks, break_it)(train)
     state = train.setup(train.parse_args(argv))
     result = {"config": state.args.config, "metrics": [], "batches": [], "gradients": []}
+    result["sizes"] = Sizes.of(state.args, int(os.environ["WORLD_SIZE"]))
     result["before"] = pieces(state.parameters, lambda p: p)
     forward_backward = train.forward_backward
 
@@ -242,14 +271,30 @@ class Run:
     """The results of `run_steps` of all ranks, with full tensors put together."""
 
     def __init__(self, ranks):
+        __tracebackhide__ = True
         self.config = ranks[0]["config"]
+        self.sizes = ranks[0]["sizes"]
         self.metrics = ranks[0]["metrics"]
         self.batches = ranks[0]["batches"]
-        self.before = assemble([rank["before"] for rank in ranks])
-        self.after = assemble([rank["after"] for rank in ranks])
-        self.gradients = [
-            assemble(step) for step in zip(*(rank["gradients"] for rank in ranks), strict=True)
-        ]
+        self.stages = self.stages_of(ranks)
+        # In the order of training: the first complaint is the nearest to the mistake.
+        self.before = self.whole([rank["before"] for rank in ranks], "initial weight")
+        self.gradients = []
+        for step, held in enumerate(zip(*(r["gradients"] for r in ranks), strict=True), 1):
+            self.gradients.append(self.whole(held, f"step {step}, gradient"))
+        self.after = self.whole([rank["after"] for rank in ranks], "final weight")
+
+    def whole(self, held, what):
+        __tracebackhide__ = True
+        return assemble(held, what, self.sizes)
+
+    def stages_of(self, ranks):
+        """{name of a tensor: the pipeline stages that hold it}."""
+        stages = {}
+        for rank, result in enumerate(ranks):
+            for name, *_ in result["before"]:
+                stages.setdefault(name, set()).add(self.sizes.place(rank).get("pp", 0))
+        return stages
 
     def compared_with(self, reference):
         """Yield (what, arrays of the other Run, arrays of this one), in the order of training."""
@@ -265,5 +310,12 @@ class Run:
 
     def assert_same_as(self, reference, tolerance=1e-10):
         """Weights, losses, gradient norms and every gradient equal those of another Run (N5)."""
-        for what, one, other in self.compared_with(reference):
-            assert_close(one, other, what, tolerance if "initial" not in what else 0)
+        __tracebackhide__ = True
+        pairs = self.compared_with(reference)
+        for _, moment in itertools.groupby(pairs, lambda pair: pair[0].split(",")[0]):
+            comparisons = []
+            for what, one, other in moment:
+                most = tolerance if "initial" not in what else 0
+                comparisons.append(compare(one, other, what, most))
+            if any(comparison.wrong for comparison in comparisons):
+                raise AssertionError(explain(comparisons, self.sizes, self.stages))

@@ -132,10 +132,12 @@ def test_owned_bytes_are_those_of_the_zero_paper(step_dir, worlds, dp):
                 "moments": 2 / dp if zero > 0 else 2,
             }
             for kind, share in shares.items():
-                assert found[kind] == pytest.approx(share * whole, rel=2e-3), (engine, kind)
+                words = f"bytes of {kind} with {engine}: {found[kind]}, not {share * whole}"
+                assert found[kind] == pytest.approx(share * whole, rel=2e-3), words
             most = whole * ((zero < 2) + (zero > 0) / dp)
             passing = 3 * (300_000 if zero < 3 else whole / 4) if zero else 0  # 4 layers
-            assert 0.998 * most <= found["most gradients"] <= 1.002 * most + passing, engine
+            words = f"most bytes of gradients with {engine}, at most {most} and {passing} passing"
+            assert 0.998 * most <= found["most gradients"] <= 1.002 * most + passing, words
 
 
 @pytest.mark.parametrize("flags", ["", "--activation_checkpointing"])

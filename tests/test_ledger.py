@@ -151,6 +151,7 @@ def test_volumes_of_the_engines(step_dir, worlds, dtype, number):
         for collective, size in volumes.items():
             found = counted["dp_cp", collective][1]
             extra = 8 if collective == "all_reduce" else 0  # the loss
-            assert abs(found - size - extra) <= 4 * 4 * m, (engine, collective)  # padding
+            words = f"{engine}, bytes of {collective}: found {found}, expected {size + extra}"
+            assert abs(found - size - extra) <= 4 * 4 * m, words  # padding
         others = {key[1] for key in counted if key[0] == "dp_cp"} - {*volumes, "all_reduce"}
-        assert not others, (engine, others)
+        assert not others, f"{engine} also calls {others}"

@@ -45,7 +45,7 @@ def test_what_flags_leave_or_change_unasked_is_said(step_dir, worlds, tmp_path):
     for (flags, (words, size, longest)), (_, config, said) in zip(
         cases.items(), found, strict=True
     ):
-        assert len(said) == (len(words) > 0), (flags, said)
+        assert len(said) == (len(words) > 0), f"with {flags} it says {said}"
         assert all(word in line for line in said for word in words), said
         assert config["intermediate_size"] == size, flags
         assert config["max_position_embeddings"] == longest, flags

@@ -85,7 +85,8 @@ def assert_collectives(results, dtype):
         }
         assert found.keys() == expected.keys()
         for name in expected:
-            assert np.array_equal(found[name], expected[name]), (rank, name)
+            words = f"{name} on rank {rank}: found {found[name]}, expected {expected[name]}"
+            assert np.array_equal(found[name], expected[name]), words
         one = 2 * size * {"float64": 8, "float32": 4, "bfloat16": 2}[dtype]
         assert counted == {
             ("tp", "all_reduce"): [3, 3 * one],

@@ -109,7 +109,7 @@ def test_every_file_is_read_by_its_name_or_is_said_to_be_left_out(step_dir, load
             assert "no file" in result["error"] and "\n" not in result["error"]
             continue
         expected = "".join(texts[path] + "\0" for path in sorted(texts))
-        assert result["tokens"].decode() == expected, (folder, result)
+        assert result["tokens"].decode() == expected, f"texts of {folder}: {result}"
         assert len(result["notes"]) == (left_out > 0)
         if left_out:
             said = result["notes"][0].split("left out ")[1]
