@@ -95,7 +95,7 @@ class Ring:
 
     def __init__(self, group, backend):
         self.group = group
-        # Who owns the blocks, as places in the group: first we, then the rank before us, and so on.
+        # The owners of the blocks, as places in the group: we, the rank before us, and so on.
         self.order = [(group.rank - step) % group.size for step in range(group.size)]
         self.back = self.order[:0:-1]  # backward: the others in the reverse order
         functions = merge, add, finish
@@ -113,6 +113,7 @@ class Ring:
         keys that the giver attended to, a tensor for its share, handles to wait for, and the sent
         share, which must stay alive until then.
         """
+        # The giver: rank - (source - rank), as far before us as `source` is after us.
         group, giver = self.group, (2 * self.group.rank - source) % self.group.size
         columns = attending(giver, group.rank, chunk)[1]
         keys = len(range(2 * chunk)[columns])
@@ -133,8 +134,8 @@ class RingAttention(torch.autograd.Function):
     q: [batch, heads, seq / cp, head_dim]; kv: keys and values, [2, batch, seq / cp, kv_heads,
     head_dim]. Forward, kv travels round the ring. Backward, the blocks come again in the reverse
     order, so the ring turns the other way. With each block a rank computes a share of the block's
-    gradients, and sends it straight to the rank that owns the block. The own block is the last one:
-    while a rank computes with it, the last message is on its way.
+    gradients, and sends it straight to the rank that owns the block. A rank's own block comes last:
+    while the rank computes with it, the last message is on its way.
     """
 
     @staticmethod
