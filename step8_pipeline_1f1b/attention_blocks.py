@@ -104,7 +104,7 @@ class Plain:
     def row_slices(q, k):
         """Slices of the queries, so small that at most chunk x chunk scores exist at a time."""
         queries, keys = q.shape[2], k.shape[2]
-        # Our own block: two chunks of queries and of keys. Another block: two by one, or one by two.
+        # Our own block: two chunks of queries and of keys. Another one: two by one, or one by two.
         chunk = queries // 2 if queries == keys else min(queries, keys)
         size = max(1, chunk * chunk // keys)
         return [slice(start, start + size) for start in range(0, queries, size)]
