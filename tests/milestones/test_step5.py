@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from same import same, same_step
+from same import SMALL, same, same_step
 from workers_context import attended_pairs, plain_attention, plain_rows
+from workers_setup import build
 
 pytestmark = pytest.mark.usefixtures("worlds")
 
@@ -65,10 +66,13 @@ def two_blocks(name):
         share_q, *shares = kernel.backward(grad[:, :, late], *block, found, log_sum, causal)
         grad_q = grad_q + share_q
         if causal:  # only these queries have seen the late keys
+            due = (
+                "that of the whole softmax: p is exp(score - log_sum), and a head of k or v sums "
+                "over the heads of q that it serves"
+            )
             for what, share, x in zip("kv", shares, whole[1:], strict=True):
-                due = "P is exp(score - log_sum), with the log_sum of the whole softmax"
                 same(share, x.grad[:, :, keys], f"the gradient of {what}, {name}.backward,", due)
-    due = "the sum of both blocks' shares is the whole gradient"
+    due = "the whole gradient, when the shares of both blocks are added"
     same(grad_q, whole[0].grad[:, :, late], f"the gradient of q, {name}.backward,", due)
 
 
@@ -206,10 +210,16 @@ def events_of(function):
             events.append(f"wait {self.number}")
             self.handle.wait()
 
-    def watched(*args, **options):
+    def watched(group, send, receive):
+        ((_, to),), ((_, by),) = send, receive
         number = sum(event.startswith("send") for event in events)
         events.append(f"send {number}")
-        return [Handle(handle, number) for handle in exchange(*args, **options)]
+        giver = (2 * group.rank - to) % group.size
+        assert by == giver, (
+            f"rank {group.rank} of {group.size} sends to rank {to} and expects a message from rank "
+            f"{by}; it should be from rank {giver}, as far before it as rank {to} is after it"
+        )
+        return [Handle(handle, number) for handle in exchange(group, send, receive)]
 
     def computed(name):
         compute = getattr(context_parallel, name)
@@ -244,7 +254,10 @@ def forward():
     group, mine, q, kv, whole = setting()
     ring = Ring(group, None)
     out, events = events_of(lambda: RingAttention.apply(q, kv, ring))
-    hint = "attention of our queries to all earlier keys: every block comes once, and is merged"
+    hint = (
+        "attention of our queries to all earlier keys. Is each block that of the `source` that "
+        "travel names? Is it merged into the rows that attend to it?"
+    )
     same(out, whole[3][:, :, mine], "the output of RingAttention", hint)
     found = check_overlap(events)
     assert found == (group.size - 1, group.size), (
@@ -298,6 +311,15 @@ def test_gradients_come_home(step_dir, worlds, size):
 # --- 5. the whole model ---------------------------------------------------------------------------
 
 
+def gradients(argv):
+    """(loss, {name: gradient}) of the first step, as this rank has them."""
+    import train
+
+    state = build(argv)
+    loss = train.forward_backward(state)
+    return loss.item(), {p.global_name: p.grad.double().numpy() for p in state.parameters}
+
+
 @pytest.mark.milestone(5, 5)
 @pytest.mark.parametrize(
     "size, flags, one",
@@ -306,5 +328,21 @@ def test_gradients_come_home(step_dir, worlds, size):
         (3, "--cp_size 3 --seq_len 18", "--seq_len 18"),
     ],
 )
-def test_a_step_is_that_of_one_process(step_dir, train_on, size, flags, one):
+def test_a_step_is_that_of_one_process(step_dir, worlds, train_on, size, flags, one):
+    ((loss, due),) = worlds(step_dir, 1).run(gradients, SMALL + one)
+    for rank, (found, grads) in enumerate(worlds(step_dir, size).run(gradients, SMALL + flags)):
+        assert found == pytest.approx(loss, rel=1e-10), (
+            f"rank {rank} of {size} has {found / loss:.4g} times the right loss; it should be the "
+            "sum over the ranks (mean_loss), each of which divides by the number of all targets. "
+            f"About {1 / size:.4g} means: not summed. About {size}: each rank reads all tokens. "
+            "Near 1: attention does not see other ranks (apply_context_parallel)"
+        )
+        for name, grad in grads.items():
+            apart = np.abs(grad - due[name]).max() / np.abs(due[name]).max()
+            times = np.linalg.norm(grad) / np.linalg.norm(due[name])
+            assert apart <= 1e-10, (
+                f"the gradient of {name} on rank {rank} of {size} is {times:.4g} times as large as "
+                "it should be; it should be the sum over the tokens of all ranks (sum_gradients). "
+                f"Exactly {1 / size:.4g} means: a mean. Another factor: the sum is missing"
+            )
     same_step(step_dir, train_on, size, flags, one=one)
