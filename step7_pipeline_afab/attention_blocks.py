@@ -1,9 +1,12 @@
 """One block of attention, forward and backward, by the fused kernel that knows the dtype.
 
-The kernels are those of `scaled_dot_product_attention`, called by their own names because it does
-not return the log of the softmax's denominator, which merging needs, and does not take that of a
-larger softmax backward. All tensors are [batch, heads, seq, head_dim]; a head of k and v serves a
-group of those of q. Source: FlashAttention-2 (arXiv:2307.08691), section 3.1.
+`scaled_dot_product_attention` would choose the same kernels. They are called by their own names for
+two reasons. It does not return log_sum, the logarithm of the softmax's denominator, but blocks are
+merged by it. And its backward pass cannot be given the log_sum of a larger softmax.
+
+Each class has the same two functions. `Plain` is the one to understand: the others compute the same
+faster. q, k, v and out are [batch, heads, seq, head_dim], log_sum is [batch, heads, seq]. One head
+of k and v serves several heads of q. Source: FlashAttention-2 (arXiv:2307.08691), section 3.1.
 """
 
 import torch
@@ -12,7 +15,7 @@ aten = torch.ops.aten
 
 
 class OnCpu:
-    """Every dtype on the CPU."""
+    """On the CPU, for every dtype."""
 
     @staticmethod
     def forward(q, k, v, causal):
@@ -26,7 +29,7 @@ class OnCpu:
 
 
 class Cudnn:
-    """Half types on CUDA."""
+    """On CUDA, for the half types: float16 and bfloat16."""
 
     @staticmethod
     def forward(q, k, v, causal):
@@ -45,7 +48,9 @@ class Cudnn:
 
 
 class Efficient:
-    """float32 on CUDA: it knows no groups of heads, and rounds the length of log-sums up to 32."""
+    """On CUDA, for float32. It wants a head of k and v for each head of q, and it makes log_sum
+    longer: a multiple of 32.
+    """
 
     @staticmethod
     def forward(q, k, v, causal):
@@ -68,7 +73,7 @@ class Efficient:
 
 
 class Plain:
-    """The rest, float64 on CUDA above all, some rows of scores at a time."""
+    """In plain PyTorch, for the rest, above all float64 on CUDA. Some rows of scores at a time."""
 
     @staticmethod
     def forward(q, k, v, causal):
@@ -97,8 +102,9 @@ class Plain:
 
     @staticmethod
     def row_slices(q, k):
-        """Slices of the queries, so that no more scores exist at once than chunk x chunk."""
+        """Slices of the queries, so small that at most chunk x chunk scores exist at a time."""
         queries, keys = q.shape[2], k.shape[2]
+        # Our own block: two chunks of queries and of keys. Another one: two by one, or one by two.
         chunk = queries // 2 if queries == keys else min(queries, keys)
         size = max(1, chunk * chunk // keys)
         return [slice(start, start + size) for start in range(0, queries, size)]
@@ -114,12 +120,12 @@ class Plain:
 
 
 def repeated(q, *tensors):
-    """Each kv head once for every head that it serves."""
+    """Repeat each head of k and v, once for every head of q that it serves."""
     return [x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in tensors]
 
 
 def summed(kv_heads, *tensors):
-    """Undo `repeated` for gradients: the sum over the heads that one kv head serves."""
+    """The gradient of `repeated`: a head of k and v gets the sum over the heads that it serves."""
     return [x.unflatten(1, (kv_heads, -1)).sum(2) for x in tensors]
 
 
@@ -137,16 +143,14 @@ def kernel_for(q):
 
 
 def forward_block(q, k, v, causal):
-    """Attention of q to k and v: out like q, and the log of each softmax's denominator.
-
-    The latter is [batch, heads, seq] in float32 or better.
-    """
+    """Attention of q to k and v: out, like q, and log_sum, in float32 or better."""
     return kernel_for(q).forward(q, k, v, causal)
 
 
 def backward_block(grad, q, k, v, out, log_sum, causal):
-    """Gradients of q, k and v from the gradient of out.
+    """The gradients of q, k and v, from grad, the gradient of out.
 
-    out and log_sum may be those of a softmax over further keys; then these are shares of sums.
+    out and log_sum may be those of a softmax over more keys than k has. Then the results are shares
+    of the whole gradients: the shares of all blocks add up to them.
     """
     return kernel_for(q).backward(grad, q, k, v, out, log_sum, causal)

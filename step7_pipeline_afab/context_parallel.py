@@ -1,13 +1,14 @@
 """Context parallelism: each rank holds a part of every sequence, and attention goes round a ring.
 
-All layers but attention look at one token at a time; only attention needs the keys and values of
-all earlier tokens. They travel from rank to rank, each of which attends to the block that is there
-and merges what it got with what it had. Source: Ring Attention (arXiv:2310.01889), section 3.
+All layers but attention look at one token at a time. Attention needs the keys and values of all
+earlier tokens, and other ranks have most of these. So the keys and values of each rank, its block,
+travel from rank to rank. A rank computes attention to the block that is there, and merges the
+result with what it has so far. Source: Ring Attention (arXiv:2310.01889), section 3.
 
-With causal attention late tokens have more to do than early ones. So the sequence is cut into
-2 * cp chunks, and rank r takes chunk r from the front and chunk r from the back: all do the same
-work. Source: Striped Attention (arXiv:2311.09431), section 3, for the imbalance; the zigzag is that
-of Llama 3 (arXiv:2407.21783), section 3.3.2.
+Under a causal mask late tokens have more work than early ones. So the sequence is cut into 2 * cp
+chunks. Rank r takes two of them: chunk r counted from the front, and chunk r counted from the back.
+Then all ranks have the same work. Sources: Striped Attention (arXiv:2311.09431), section 3, for the
+imbalance; Llama 3 (arXiv:2407.21783), section 3.3.2, for this order, the zigzag.
 """
 
 import torch
@@ -25,8 +26,9 @@ def zigzag_positions(seq_len, group):
 def attending(rank, source, chunk):
     """Which of our queries attend to which keys of `source`, and whether a causal mask is needed.
 
-    Both ranks hold two chunks of so many tokens, an early and a late one. Each case but the first
-    is the same work: two chunks by one.
+    Returns two slices and a bool. rank, source: places in the group; chunk: tokens in a chunk. Each
+    rank holds two chunks, an early one and a late one. The second and the third case are the same
+    amount of work: two chunks by one.
     """
     if source == rank:
         return slice(None), slice(None), True
@@ -36,11 +38,12 @@ def attending(rank, source, chunk):
 
 
 def travel(block, sources, to, by, group):
-    """Yield (source, block) for each of `sources`, the ranks whose blocks we see; `block` is first.
+    """Send blocks round the ring, and yield (source, block) for each of them.
 
-    block: [2, batch, seq / cp, kv_heads, head_dim]; sources: places in the group. While the caller
-    works on one block, it is also on its way to the global rank `to`, and the one after it on its
-    way from the global rank `by`.
+    block: the first one, [2, batch, seq / cp, kv_heads, head_dim]; sources: the ranks that own the
+    blocks, in the order in which they come, as places in the group. While the caller computes with
+    a block, that block is sent to the global rank `to`, and the next one comes from the global rank
+    `by`.
     """
     for source in sources:
         arriving, handles = None, []
@@ -54,19 +57,21 @@ def travel(block, sources, to, by, group):
 
 
 def merge(out, log_sum, block_out, block_log_sum):
-    """Add a block to a softmax over the blocks so far, in place; both parts are normalised.
+    """Merge attention to one more block into attention to the blocks so far, in place.
 
-    So what comes out is a mean of the two, weighted by their shares of the common denominator.
+    Both outputs are already divided by their own denominators. So the merged output is a weighted
+    mean of the two. The weight of each is its share of the common denominator.
     out: [batch, heads, seq, head_dim]; log_sum: [batch, heads, seq], the log of each softmax's
     denominator. Source: online softmax (arXiv:1805.02867), section 3.
     """
-    share = torch.sigmoid(block_log_sum - log_sum)  # of the block
+    # The block's share: exp(block_log_sum) / (exp(log_sum) + exp(block_log_sum)), without overflow.
+    share = torch.sigmoid(block_log_sum - log_sum)
     out.lerp_(block_out.to(out.dtype), share[..., None])
     log_sum.copy_(torch.logaddexp(log_sum, block_log_sum))
 
 
 def add(total, share):
-    """Add a gradient to a sum that may have more digits, in place."""
+    """Add a gradient to a sum, in place. The sum's dtype may have more digits."""
     total += share
 
 
@@ -76,25 +81,29 @@ def finish(total, share, dtype):
 
 
 class Ring:
-    """The order in which blocks come by, and what is done to each of them."""
+    """The order in which blocks come to this rank, and the functions that work on each of them."""
 
     def __init__(self, group, backend):
         self.group = group
-        # Whose blocks come by, as places in the group: our own, that of the rank before, and so on.
+        # The owners of the blocks, as places in the group: we, the rank before us, and so on.
         self.order = [(group.rank - step) % group.size for step in range(group.size)]
-        self.back = self.order[:0:-1]  # the others, the last one first
+        self.back = self.order[:0:-1]  # backward: the others in the reverse order
         functions = merge, add, finish
-        if backend is not None:  # each is one pass over memory then
+        if backend is not None:  # compiled, each is one pass over memory
             functions = [torch.compile(f, backend=backend, dynamic=False) for f in functions]
         self.merge, self.add, self.finish = functions
 
     def send_home(self, share, source, chunk):
-        """Send a share of the gradients of keys and values to `source`, whose block they are.
+        """Send a share of the gradients of keys and values to `source`, the rank that owns them.
 
-        share: [2, batch, keys, kv_heads, head_dim]. While we worked on that block, the rank as far
-        behind as `source` is ahead worked on ours. Returns (which of our keys it comes for, its
-        share, handles to wait for, what must stay alive until then).
+        At the same time another rank, the giver, sends us a share of ours. If `source` is two
+        places after us, the giver is two places before us: while we computed with the block of
+        `source`, the giver computed with our block.
+        share: [2, batch, keys, kv_heads, head_dim]. Returns what `arrive` needs: the slice of our
+        keys that the giver attended to, a tensor for its share, handles to wait for, and the sent
+        share, which must stay alive until then.
         """
+        # The giver: rank - (source - rank), as far before us as `source` is after us.
         group, giver = self.group, (2 * self.group.rank - source) % self.group.size
         columns = attending(giver, group.rank, chunk)[1]
         keys = len(range(2 * chunk)[columns])
@@ -102,20 +111,21 @@ class Ring:
         to, by = group.ranks[source], group.ranks[giver]
         return columns, arriving, pg.exchange(group, [(share, to)], [(arriving, by)]), share
 
-    def arrive(self, total, columns, arriving, handles, sent):  # sent: only kept alive until here
-        """Wait for what `send_home` returned, and add it to the gradients of all our keys."""
+    def arrive(self, total, columns, arriving, handles, sent):  # sent: kept alive until here
+        """Wait for a share that `send_home` asked for, and add it to the sum for all our keys."""
         for handle in handles:
             handle.wait()
         self.add(total[:, :, columns], arriving)
 
 
 class RingAttention(torch.autograd.Function):
-    """Causal attention over a sequence that is dealt out by `zigzag_positions`.
+    """Causal attention over a sequence that `zigzag_positions` has dealt out to the ranks.
 
-    q: [batch, heads, seq / cp, head_dim]; kv, keys and values: [2, batch, seq / cp, kv_heads,
-    head_dim]. The latter travel the ring. The backward pass is the forward pass in reverse: it
-    begins with the block that came last, the ring turns the other way, and each rank sends its
-    shares of the gradients straight home, the last of them while it works on its own block.
+    q: [batch, heads, seq / cp, head_dim]; kv: keys and values, [2, batch, seq / cp, kv_heads,
+    head_dim]. Forward, kv travels round the ring. Backward, the blocks come again in the reverse
+    order, so the ring turns the other way. With each block a rank computes a share of the block's
+    gradients, and sends it straight to the rank that owns the block. A rank's own block comes last:
+    while the rank computes with it, the last message is on its way.
     """
 
     @staticmethod
@@ -126,7 +136,7 @@ class RingAttention(torch.autograd.Function):
             k, v = block.transpose(2, 3)  # [batch, kv_heads, seq / cp, head_dim]
             rows, columns, causal = attending(group.rank, source, chunk)
             part = forward_block(q[:, :, rows], k[:, :, columns], v[:, :, columns], causal)
-            if source == group.rank:  # the first
+            if source == group.rank:  # our own block, which comes first
                 out, log_sum = (x.to(exact) for x in part)
             else:
                 ring.merge(out[:, :, rows], log_sum[:, :, rows], *part)
@@ -149,8 +159,8 @@ class RingAttention(torch.autograd.Function):
                 q[:, :, rows],
                 k[:, :, columns],
                 v[:, :, columns],
-                # The finished output and denominator: they make the block's gradients shares of
-                # those of the whole softmax. Source: FlashAttention-2 (arXiv:2307.08691), 3.1.2.
+                # Not those of this block but those of the whole softmax. So the results are shares
+                # of the whole gradients. Source: FlashAttention-2 (arXiv:2307.08691), 3.1.2.
                 out[:, :, rows],
                 log_sum[:, :, rows],
                 causal,
@@ -162,7 +172,7 @@ class RingAttention(torch.autograd.Function):
             rows, share_q, share_kv = shares(source, block)
             before, coming = coming, ring.send_home(share_kv, source, chunk)
             ring.add(grad_q[:, :, rows], share_q)
-            if before:  # it had the time of this block
+            if before:  # it was on its way while we computed with this block
                 ring.arrive(grad_kv, *before)
         _, share_q, share_kv = shares(group.rank, kv)
         ring.arrive(grad_kv, *coming)
@@ -171,9 +181,9 @@ class RingAttention(torch.autograd.Function):
 
 
 def apply_context_parallel(model, group, backend=None):
-    """Let attention go round the ring of a group; a group of one keeps its kernel.
+    """Let attention go round the ring of a group. A group of one keeps its kernel.
 
-    backend: of `torch.compile`; None leaves everything as it is.
+    backend: of `torch.compile`, for what merges and adds blocks; None: they are not compiled.
     """
     if group.size == 1:
         return
