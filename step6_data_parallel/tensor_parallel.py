@@ -1,12 +1,13 @@
-"""Tensor parallelism: every matrix of a layer is dealt out over the ranks of a group.
+"""Tensor parallelism: every matrix is cut into parts, one for each rank of a group.
 
-The first matrices of attention and MLP (q, k, v; gate, up) are dealt out by output features: a rank
-computes some of the heads and some of the intermediate features. The last ones (o; down) are dealt
-out by input features: a rank computes a share of a sum. Each block needs one sum over the ranks
+A block is attention or the MLP. Its first matrices (q, k, v; gate, up) are cut by output features:
+a rank computes some of the heads, or some of the intermediate features. Its last one (o; down) is
+cut by input features: a rank computes a share of a sum. So each block needs one sum over the ranks
 forward, and one backward. Source: Megatron-LM (arXiv:1909.08053), section 3.
 
-With sequence parallelism the norms and residuals between the blocks are dealt out by tokens. Each
-all-reduce becomes a reduce-scatter and an all-gather. Source: arXiv:2205.05198, section 4.2.
+With sequence parallelism a rank has only some of the tokens between the blocks, where the norms and
+residuals are. Each all-reduce becomes a reduce-scatter and an all-gather. Source: arXiv:2205.05198,
+section 4.2.
 """
 
 import functools
@@ -20,8 +21,8 @@ from rms_norm import rms_norm
 
 
 # Between the blocks x is [batch, seq, hidden] on every rank, or with sequence parallelism
-# [batch, seq / tp, hidden]. Nothing there mixes tokens, so any share of them will do for a rank.
-# The batch is cut as it lies in memory: neither cutting nor joining copies anything.
+# [batch, seq / tp, hidden]. Nothing there mixes tokens, so it does not matter which of them a rank
+# has. The batch is cut as it lies in memory: neither cutting nor joining copies anything.
 def cut(x, group):
     """View x as the parts of all ranks: [batch, seq, hidden] -> [tp * batch, seq / tp, hidden]."""
     return x.view(group.size * x.shape[0], x.shape[1] // group.size, x.shape[2])
@@ -72,10 +73,10 @@ class SumGradient(torch.autograd.Function):
 
 
 class ColumnParallel(torch.autograd.Function):
-    """y = x Wᵀ for some W, output features dealt out. Identity forward, all-reduce backward.
+    """x Wᵀ for several W, cut by output features. Identity forward, all-reduce backward.
 
-    With sequence parallelism all-gather forward, reduce-scatter backward; the gathered x is dropped
-    after use and gathered again for the weights' gradients.
+    With sequence parallelism all-gather forward, reduce-scatter backward. Then the gathered x is
+    not kept; backward gathers it again for the weights' gradients.
     """
 
     @staticmethod
@@ -89,26 +90,26 @@ class ColumnParallel(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):  # each [batch, seq, out / tp]
         x, *weights = ctx.saved_tensors
-        if ctx.sequence_parallel:  # meanwhile the first products are computed
+        if ctx.sequence_parallel:  # travels while the next products are computed
             x, gathered = pg.all_gather(x, ctx.group, async_op=True)
-        # This rank's share of a sum: the other rows of the weights are elsewhere.
+        # This rank's share of a sum over the ranks: it has only some rows of each weight.
         grad_x = grads[0] @ weights[0].to(grads[0].dtype)  # [batch, seq, in]
         for g, weight in zip(grads[1:], weights[1:], strict=True):
-            grad_x.view(-1, x.shape[-1]).addmm_(g.flatten(0, 1), weight.to(g.dtype))  # in place
+            grad_x.view(-1, x.shape[-1]).addmm_(g.flatten(0, 1), weight.to(g.dtype))  # adds g W
         if ctx.sequence_parallel:
             gathered.wait()
             x = joined(x, ctx.group)
             grad_x, summed = pg.reduce_scatter(cut(grad_x, ctx.group), ctx.group, async_op=True)
         else:
             summed = pg.all_reduce(grad_x, ctx.group, async_op=True)
-        # While it is being summed, the weights' gradients: they need no communication.
+        # While the ranks sum it, the weights' gradients: they need no communication.
         grads = [g.flatten(0, 1).T @ x.flatten(0, 1) for g in grads]  # [out / tp, in]
         summed.wait()
         return grad_x, None, None, *(grad.to(weights[0].dtype) for grad in grads)
 
 
 def part(weight, dim, group):
-    """This rank's share of a meta weight along a dim; shares differ by one where it is not even."""
+    """This rank's part of a meta weight along a dim; with a remainder, parts differ by one."""
     start, stop = (weight.shape[dim] * rank // group.size for rank in (group.rank, group.rank + 1))
     held = tuple(slice(start, stop) if i == dim else s for i, s in enumerate(weight.held))
     share = nn.Parameter(weight.detach()[held])
@@ -116,12 +117,12 @@ def part(weight, dim, group):
     return share
 
 
-# The compiler can neither overlap nor count a collective: it stops here, and goes on after it.
+# Hidden from `--compile`, which can neither overlap nor count a collective.
 @torch.compiler.disable
 def project(x, *linears):
-    """The products of several column-parallel layers with the one x that they share, a tuple.
+    """Apply several ColumnParallelLinear to the same x: a tuple of their outputs.
 
-    Their gradients for x are added on each rank first: one all-reduce for all of them.
+    Backward, each rank adds up their gradients for x. So one all-reduce serves all of them.
     """
     group, sequence_parallel = linears[0].group, linears[0].sequence_parallel
     return ColumnParallel.apply(x, group, sequence_parallel, *(lin.weight for lin in linears))
@@ -129,11 +130,12 @@ def project(x, *linears):
 
 @torch.compiler.disable
 def communicate(function, x, group):
+    """Call an autograd function that communicates, hidden from `--compile`."""
     return function.apply(x, group)
 
 
 class ColumnParallelLinear(nn.Module):
-    """A linear layer with its output features dealt out: [..., in] -> [..., out / tp]."""
+    """A linear layer cut by output features: [..., in] -> [..., out / tp]."""
 
     def __init__(self, linear, group, sequence_parallel):
         super().__init__()
@@ -145,7 +147,7 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """A linear layer with its input features dealt out: [..., in / tp] -> [..., out]."""
+    """A linear layer cut by input features: [..., in / tp] -> [..., out]."""
 
     def __init__(self, linear, group, sequence_parallel):
         super().__init__()
@@ -157,7 +159,7 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabularyParallelEmbedding(nn.Module):
-    """Rows of the table dealt out; a token finds its row on one rank and zeros on the others."""
+    """A rank has the rows of some symbols; for a token of another symbol it adds zeros."""
 
     def __init__(self, embedding, group, sequence_parallel):
         super().__init__()
@@ -182,7 +184,7 @@ class SequenceParallelNorm(nn.Module):
 
 
 def local_symbol(symbols, held):
-    """Where symbols are in this rank's slice of the vocabulary (0 if elsewhere), and whether."""
+    """Which of this rank's rows each symbol is (0 if it is elsewhere), and whether it is here."""
     here = (symbols >= held.start) & (symbols < held.stop)
     return (symbols - held.start).where(here, 0), here
 
@@ -190,15 +192,15 @@ def local_symbol(symbols, held):
 class SumOfLosses(torch.autograd.Function):
     """All-gather of two numbers a token forward, no communication backward.
 
-    parts: [2, batch, seq], of this rank's symbols the log of the sum of exponentials, and the
-    target's logit, zero where it is another rank's. Returns the summed loss, a scalar.
+    parts: [2, batch, seq]: the log-sum-exp of this rank's logits, and the logit of the target, zero
+    where another rank has it. Returns the summed loss, a scalar.
     """
 
     @staticmethod
     def forward(ctx, parts, group):
         every = pg.all_gather(parts[None], group)  # [tp, 2, batch, seq]
         log_sum = every[:, 0].logsumexp(0)  # [batch, seq]
-        ctx.save_for_backward((parts[0] - log_sum).exp())  # share of the softmax's denominator
+        ctx.save_for_backward((parts[0] - log_sum).exp())  # this rank's share of Σ exp(logits)
         return (log_sum - every[:, 1].sum(0)).sum()
 
     @staticmethod
@@ -208,10 +210,10 @@ class SumOfLosses(torch.autograd.Function):
 
 
 def cross_entropy(logits, targets, held, group):
-    """Summed negative log-likelihood where each rank has the logits of its symbols only.
+    """Summed negative log-likelihood, where each rank has only the logits of its symbols.
 
-    logits: [batch, seq, vocab / tp]; targets: [batch, seq]; held: this rank's slice of the
-    vocabulary; returns a scalar, the same on all ranks.
+    logits: [batch, seq, vocab / tp]; targets: [batch, seq]; held: the slice of the vocabulary that
+    this rank has; returns a scalar, the same on all ranks.
     """
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     column, here = local_symbol(targets, held)
@@ -230,9 +232,10 @@ PLAN = {
 
 
 def apply_tensor_parallel(model, group, sequence_parallel=False):
-    """Let a model on the meta device hold and compute this rank's share; a group of one does all.
+    """Cut the layers of a model on the meta device: this rank holds and computes its part.
 
-    Every parameter gets `counted`: whether this rank's copy is the one in the gradient norm.
+    A group of one leaves the layers as they are. Every parameter gets `counted`: whether this
+    rank's copy is the one that enters the gradient norm.
     """
     if group.size > 1:
         for parent in list(model.modules()):
