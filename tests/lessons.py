@@ -12,8 +12,8 @@ A page of a step is its README.md or another .md file beside it, COSTS.md apart.
     <!-- diff train.py: setup -->                         what the step changes in one
 
 are followed by the lines that `write` puts there, up to `<!-- end -->`. A name is that of a
-function, class or variable, `Class.method`, `Class.head` (all before its first method) or
-`docstring`, the file's own.
+function, class or variable, `Class.method`, `Class.head` (all before its first method), or the
+file's own `docstring` or `imports`.
 """
 
 import argparse
@@ -92,10 +92,6 @@ def before(step):
     return steps()[step_number(step) - 2] if step_number(step) > 1 else None
 
 
-def pair(step):
-    return before(step), step
-
-
 @cache
 def source(path):
     return path.read_text().splitlines()
@@ -136,6 +132,8 @@ def definitions(path):
     visit(tree.body, "")
     if ast.get_docstring(tree):
         add("docstring", 1, tree.body[0].end_lineno)
+    if imports := [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]:
+        add("imports", imports[0].lineno, imports[-1].end_lineno)
     return found
 
 
@@ -208,6 +206,9 @@ def shown_diff(path, name):
     hunks = [hunk for hunk in hunks if any(line[0] in "+-" for line in hunk)]
     if not hunks:
         raise LessonError(f"{path.parent.name}/{path.name} does not change {name}")
+    first = " " + source(path)[lines[0] - 1]  # says what these lines belong to
+    if first not in hunks[0] and "+" + first[1:] not in hunks[0] and len(first) > 1:
+        hunks.insert(0, [first])
     return lines, f"\n{GAP}\n".join("\n".join(hunk) for hunk in hunks)
 
 
@@ -243,7 +244,9 @@ def renewed(page):
 
 def changes(step):
     """The table of a step: which modules are new, changed, deleted, with the lines."""
-    old, new = ({p.name: p.read_bytes() for p in s.glob("*.py")} if s else {} for s in pair(step))
+    old, new = (
+        {p.name: p.read_bytes() for p in s.glob("*.py")} if s else {} for s in (before(step), step)
+    )
     rows = {"new": [], "changed": [], "deleted": []}
     for file in sorted({*old, *new}):
         if old.get(file) != new.get(file):
