@@ -7,7 +7,8 @@ from same import same
 
 SUM = (
     "the sum over all ranks and micro-batches (the loss is divided by the targets of all ranks, so "
-    "the parts are added: a mean over ranks makes it too small, a part summed twice too large)"
+    "the parts are added; too small: a mean over ranks, or only the last micro-batch; too large: "
+    "what was summed over the ranks is summed again)"
 )
 
 
@@ -194,7 +195,9 @@ def bucketed():
 
 
 def sent_in_backward(engine_class, flags):
-    """Collectives of two micro-batches: [after the first, before the end, in all], and buckets."""
+    """What two micro-batches send, as {collective: calls} after the first, after the second, and
+    in all; the number of buckets; whether no whole gradient is left after each.
+    """
     from data_parallel import Bucketed
     from ledger import recorded
 

@@ -168,7 +168,10 @@ def fetch_and_drop():
 
 
 def whole_layers(flags):
-    """The layers that are whole when each of them computes, forward, and when all is done."""
+    """The layers that are whole when each of the five computes, forward; when it is recomputed; and
+    when all is done; whether they are gathered in the dtype of their shards; and all gathers.
+    """
+    from ledger import recorded
     from zero import Zero3
 
     group, model = data_group(), small_llama(layers=5, **flags)
@@ -181,6 +184,8 @@ def whole_layers(flags):
 
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda *_: found.append(whole()))
-    backward(model, group.rank, [0], group.size)
-    engine.finish_gradients()
-    return found[:5], found[5:], whole(), [b.weights.dtype == b.shard.dtype for b in layers]
+    with recorded() as traffic:
+        backward(model, group.rank, [0], group.size)
+        engine.finish_gradients()
+    same_dtype = [bucket.weights.dtype == bucket.shard.dtype for bucket in layers]
+    return found[:5], found[5:], whole(), same_dtype, traffic["dp_cp", "all_gather"][0]

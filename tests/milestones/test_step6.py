@@ -160,7 +160,7 @@ def test_weights_come_and_go(step_dir, worlds, size):
 def test_a_layer_and_the_next_are_whole(step_dir, worlds):
     world = worlds(step_dir, 2)
     for flags in ({}, {"checkpointing": True}, {"dtype": "bfloat16"}):
-        forward, again, left, same_dtype = world.run(step6_zero.whole_layers, flags)[0]
+        forward, again, left, same_dtype, gathers = world.run(step6_zero.whole_layers, flags)[0]
         due = [[0, 1], [1, 2], [2, 3], [3, 4], [4]]
         assert forward == due, f"forward the whole layers are {forward}; they should be {due}"
         due = [[3, 4], [2, 3], [1, 2], [0, 1], [0]] if flags.get("checkpointing") else []
@@ -169,6 +169,10 @@ def test_a_layer_and_the_next_are_whole(step_dir, worlds):
         cast = flags.get("dtype") == "bfloat16"
         assert all(equal != cast for equal in same_dtype), (
             "layers are gathered in the dtype of the computation; their shards stay float32"
+        )
+        assert gathers == 12, (
+            f"{gathers} all-gathers; 12 would do: 5 layers, norms, embedding and head forward, 4 "
+            "layers backward. The last layer stays, the embedding is not needed again"
         )
 
 
