@@ -227,3 +227,11 @@ def bucket_messages():
         "gradient has arrived, by a hook of each parameter"
     )
     assert after == before, f"finish_gradients sends {after}; it only waits"
+
+
+def engine_of(name, ranks):
+    """The class of the engine that a training run has."""
+    import train
+
+    argv = f"--num_hidden_layers 1 --dataset_name random --dp_engine {name} --dp_size {ranks}"
+    return type(train.setup(train.parse_args(argv.split())).engine).__name__

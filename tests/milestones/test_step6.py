@@ -80,6 +80,19 @@ FOUR = "--gradient_accumulation_steps 4 "
 
 
 @pytest.mark.milestone(6, 5)
+def test_the_engine_of_a_name(step_dir, worlds):
+    for size, name, due in (
+        (2, "naive", "Naive"),
+        (2, "bucket", "Bucketed"),
+        (1, "bucket", "Naive"),
+    ):
+        found = worlds(step_dir, size).run(step6_engines.engine_of, name, size)
+        assert found == [due] * size, (
+            f"--dp_engine {name} on {size} ranks gives {found}; it should be {due} on each"
+        )
+
+
+@pytest.mark.milestone(6, 5)
 @pytest.mark.parametrize("engine", ["naive", "bucket"])
 def test_a_step_is_that_of_one_process(step_dir, train_on, engine):
     flags = f"--dp_size 2 --gradient_accumulation_steps 2 --dp_engine {engine}"
