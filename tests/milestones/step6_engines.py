@@ -8,7 +8,7 @@ from same import same
 SUM = (
     "the sum over all ranks and micro-batches (the loss is divided by the targets of all ranks, so "
     "the parts are added; too small: a mean over ranks, or only the last micro-batch; too large: "
-    "what was summed over the ranks is summed again)"
+    "what was summed over the ranks is summed again, or the step before is still in it)"
 )
 
 

@@ -1,5 +1,6 @@
 """What the checks of step 6 run on each rank: the engines that shard."""
 
+import contextlib
 from unittest.mock import patch
 
 from same import same
@@ -13,6 +14,21 @@ from step6_engines import (
     small_llama,
     step,
 )
+
+
+@contextlib.contextmanager
+def weights_at_hand():
+    """Say what an error of PyTorch means that comes from a storage of no size."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "storage" not in str(error):
+            raise
+        raise AssertionError(
+            f"{error}. A tensor was used while its memory was freed. Is it fetched in time, by a "
+            "hook before the forward pass and one before the backward pass? Does a shard have "
+            "memory of its own? Is the storage resized, and the tensor kept?"
+        ) from error
 
 
 def adamw(parameters):
@@ -48,7 +64,8 @@ def shards():
     for piece in bucket.pieces(shard, gradients):
         p = next(p for p in parameters if p.global_name == piece.global_name)
         same(piece, p.flatten()[piece.piece], "a piece", "the slice `piece` of the flat parameter")
-        assert piece.full_shape == p.shape and piece.counted, "a piece has the parameter's tags"
+        lost = p.__dict__.keys() - piece.__dict__.keys()
+        assert not lost, f"a piece lacks the tags {sorted(lost)} of its parameter"
         for tensor, memory in ((piece, shard), (piece.grad, gradients)):
             assert tensor.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr(), (
                 "a piece and its .grad are views of the shards: the optimizer writes there"
@@ -72,7 +89,8 @@ def sharded(name, flags):
     most = every / group.size + group.size * len(engine.buckets)
     assert mine <= most, f"the optimizer gets {mine} of {every} weights; a shard has 1/{group.size}"
     for number, numbers in enumerate([(0, 1), (2, 3, 4)], 1):
-        step(engine, model, numbers)
+        with weights_at_hand():
+            step(engine, model, numbers)
         due.zero_grad()
         alone(whole, numbers, group.size)
         for piece in engine.parameters:
@@ -137,13 +155,11 @@ def fetch_and_drop():
     from zero import Zero3
 
     group, model, whole = data_group(), small_llama(), dict(small_llama().named_parameters())
-    engine = Zero3(model, group)
+    with weights_at_hand():
+        engine = Zero3(model, group)
     every = sum(p.numel() for p in whole.values())
     for bucket in engine.buckets:
         assert held_bytes(bucket) == 0, "after lay_out the whole weights should be dropped"
-        assert bucket.shard.untyped_storage().nbytes(), (
-            "the shard is a view of the vector that is dropped; it needs memory of its own (clone)"
-        )
     kept = sum(bucket.shard.numel() for bucket in engine.buckets)
     assert kept < every / group.size + group.size * len(engine.buckets), "shards have 1/n of all"
 
@@ -161,31 +177,44 @@ def fetch_and_drop():
     engine.drop(first)
     assert held_bytes(first) == 0, "drop does not free the memory: resize the storage to 0"
     engine.fetch(first, ahead=None)
-    (grad,) = torch.autograd.grad(y.sum(), x)
+    with weights_at_hand():
+        (grad,) = torch.autograd.grad(y.sum(), x)
     due = torch.ones_like(y) @ whole[weight.global_name]
     what = "a gradient whose weight was dropped after the forward pass and fetched again"
     same(grad, due, what, "as if it had never been away: keep the tensor, free its storage only")
 
 
 def whole_layers(flags):
-    """The layers that are whole when each of the five computes, forward; when it is recomputed; and
-    when all is done; whether they are gathered in the dtype of their shards; and all gathers.
+    """What is whole in the second micro-batch of five layers, and what is gathered.
+
+    Layers when each of them computes forward, when each is recomputed (to its end; by itself
+    PyTorch stops a little earlier), and when all is done; bytes of the embedding when the first
+    layer computes; whether layers are gathered in the dtype of their shards; the all-gathers.
     """
+    from torch.utils.checkpoint import set_checkpoint_early_stop
+
     from ledger import recorded
     from zero import Zero3
 
     group, model = data_group(), small_llama(layers=5, **flags)
-    engine, found = Zero3(model, group), []
-    buckets = {layer.mlp.up_proj.weight: i for i, layer in enumerate(model.model.layers)}
-    layers = [engine.bucket_of[weight] for weight in buckets]
+    engine, found, embedding = Zero3(model, group), [], []
+    layers = [engine.bucket_of[layer.mlp.up_proj.weight] for layer in model.model.layers]
+    table = engine.bucket_of[model.model.embed_tokens.weight]
 
     def whole():
         return [i for i, bucket in enumerate(layers) if held_bytes(bucket)]
 
+    def note(*_):
+        found.append(whole())
+        embedding.append(held_bytes(table))
+
     for layer in model.model.layers:
-        layer.mlp.register_forward_pre_hook(lambda *_: found.append(whole()))
-    with recorded() as traffic:
-        backward(model, group.rank, [0], group.size)
-        engine.finish_gradients()
+        layer.mlp.register_forward_pre_hook(note)
+    for number in (0, 1):
+        found.clear()
+        with recorded() as traffic, weights_at_hand(), set_checkpoint_early_stop(False):
+            backward(model, group.rank, [number], group.size)
+            engine.finish_gradients()
     same_dtype = [bucket.weights.dtype == bucket.shard.dtype for bucket in layers]
-    return found[:5], found[5:], whole(), same_dtype, traffic["dp_cp", "all_gather"][0]
+    gathers = traffic["dp_cp", "all_gather"][0]
+    return found[:5], found[5:], whole(), embedding[0], same_dtype, gathers

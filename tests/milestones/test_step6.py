@@ -79,6 +79,14 @@ def test_buckets_are_sent_in_the_last_backward_pass(step_dir, worlds):
 FOUR = "--gradient_accumulation_steps 4 "
 
 
+def same_training(hint, *args, **options):
+    """`same_step`, with a sentence about what it usually means where it fails."""
+    try:
+        same_step(*args, **options)
+    except AssertionError as error:
+        raise AssertionError(f"{error}. {hint}") from None
+
+
 @pytest.mark.milestone(6, 5)
 def test_the_engine_of_a_name(step_dir, worlds):
     for size, name, due in (
@@ -96,12 +104,14 @@ def test_the_engine_of_a_name(step_dir, worlds):
 @pytest.mark.parametrize("engine", ["naive", "bucket"])
 def test_a_step_is_that_of_one_process(step_dir, train_on, engine):
     flags = f"--dp_size 2 --gradient_accumulation_steps 2 --dp_engine {engine}"
-    same_step(step_dir, train_on, 2, flags, one=FOUR)
+    hint = "Does mean_loss set last_backward, and does forward_backward call finish_gradients?"
+    same_training(hint, step_dir, train_on, 2, flags, one=FOUR)
 
 
 @pytest.mark.milestone(6, 5)
 def test_ranks_along_cp_are_summed_too(step_dir, train_on):
-    same_step(step_dir, train_on, 2, "--cp_size 2 " + FOUR, one=FOUR)
+    hint = 'Has the engine mesh.group("dp", "cp")? Ranks along cp read other tokens, too.'
+    same_training(hint, step_dir, train_on, 2, "--cp_size 2 " + FOUR, one=FOUR)
 
 
 # --- 6. shards of a vector (from here on: ZERO.md) ------------------------------------------------
@@ -139,7 +149,8 @@ def test_gradients_on_their_way_are_bounded(step_dir, worlds):
 @pytest.mark.milestone(6, 7)
 def test_a_step_with_zero1(step_dir, train_on):
     flags = "--dp_size 2 --dp_engine zero1 --gradient_accumulation_steps 2"
-    same_step(step_dir, train_on, 2, flags, one=FOUR)
+    hint = "Are the squares of all shards in the norm (axes)? Are the updated shards gathered?"
+    same_training(hint, step_dir, train_on, 2, flags, one=FOUR)
 
 
 # --- 8. zero2: keep a shard of the gradients ------------------------------------------------------
@@ -154,7 +165,8 @@ def test_zero2(step_dir, worlds):
 @pytest.mark.milestone(6, 8)
 def test_a_step_with_zero2(step_dir, train_on):
     flags = "--dp_size 2 --dp_engine zero2 --gradient_accumulation_steps 2"
-    same_step(step_dir, train_on, 2, flags, one=FOUR)
+    hint = "Is each micro-batch's gradient added to the shard's sum?"
+    same_training(hint, step_dir, train_on, 2, flags, one=FOUR)
 
 
 # --- 9. zero3: weights that come and go -----------------------------------------------------------
@@ -173,12 +185,17 @@ def test_weights_come_and_go(step_dir, worlds, size):
 def test_a_layer_and_the_next_are_whole(step_dir, worlds):
     world = worlds(step_dir, 2)
     for flags in ({}, {"checkpointing": True}, {"dtype": "bfloat16"}):
-        forward, again, left, same_dtype, gathers = world.run(step6_zero.whole_layers, flags)[0]
+        forward, again, left, embedding, same_dtype, gathers = world.run(
+            step6_zero.whole_layers, flags
+        )[0]
         due = [[0, 1], [1, 2], [2, 3], [3, 4], [4]]
-        assert forward == due, f"forward the whole layers are {forward}; they should be {due}"
+        assert forward == due, (
+            f"in the second forward pass the whole layers are {forward}; they should be {due}"
+        )
         due = [[3, 4], [2, 3], [1, 2], [0, 1], [0]] if flags.get("checkpointing") else []
         assert again == due, f"recomputed, the whole layers are {again}; they should be {due}"
         assert not left, f"after the backward pass the layers {left} are still whole"
+        assert not embedding, "the embedding is still whole when the first layer computes"
         cast = flags.get("dtype") == "bfloat16"
         assert all(equal != cast for equal in same_dtype), (
             "layers are gathered in the dtype of the computation; their shards stay float32"
@@ -199,4 +216,5 @@ def test_zero3(step_dir, worlds, size, flags):
 @pytest.mark.parametrize("flags", ["", "--activation_checkpointing --tie_word_embeddings yes"])
 def test_a_step_with_zero3(step_dir, train_on, flags):
     more = f"--dp_size 2 --dp_engine zero3 --gradient_accumulation_steps 2 {flags}"
-    same_step(step_dir, train_on, 2, more, one=FOUR + flags)
+    hint = "Is each layer fetched before it computes, in both passes, and again after the update?"
+    same_training(hint, step_dir, train_on, 2, more, one=FOUR + flags)
