@@ -139,9 +139,10 @@ class Bucketed(Naive):
     def cut(self, model):
         """Lists of parameters, one a bucket, in the order in which backward meets them.
 
-        What is outside of the layers has a bucket of its own. tp may cut a vocabulary unevenly:
-        what came after it in a bucket would lie at another place on each tp rank. At another place
-        a sum may be taken in another order, so a norm's copies would drift apart by rounding.
+        Each parameter outside of the layers has a bucket of its own. tp may cut a vocabulary
+        unevenly: what came after it in a bucket would lie at another place on each tp rank. At
+        another place numbers may be added in another order, and the copies of a norm, which all
+        tp ranks have, would drift apart by rounding.
         """
         inside = [p for p in self.parameters[::-1] if ".layers." in p.global_name]
         outside = [[p] for p in self.parameters if ".layers." not in p.global_name]
