@@ -1,13 +1,13 @@
-"""Data parallelism: each rank reads other sequences, and their gradients are added up.
+"""Data parallelism: each rank reads other sequences, and the gradients of all ranks are added up.
 
-Engines do that, and all give the same numbers; they differ in when they talk, how much, and in what
-a rank keeps. Two are here, in which every rank keeps everything; those that share are in zero.py:
+An engine adds them up. All engines give the same numbers; they differ in when they send, how much
+they send, and what a rank keeps. In the two engines of this file every rank keeps everything:
 
-    naive    sums every gradient after the last backward pass
-    bucket   sums gradients by the megabyte, while the last backward pass goes on
+    naive    sums each gradient by itself, after the last backward pass
+    bucket   sums many gradients in one message, while the last backward pass goes on
 
-Ranks along cp read other tokens too, so the group of an engine is dp x cp.
-Source: PyTorch DDP (arXiv:2006.15704), section 3.2.
+The engines of zero.py share. Ranks along cp read other tokens, too: the group of an engine is
+dp x cp. Source: PyTorch DDP (arXiv:2006.15704), section 3.2.
 """
 
 import itertools
@@ -21,7 +21,7 @@ import process_group as pg
 class Naive:
     """Weights, gradients and optimizer state are whole on every rank."""
 
-    axes = ()  # of the mesh, along which `parameters` are cut
+    axes = ()  # those of the mesh over whose ranks `parameters` are dealt out: none
 
     def __init__(self, model, group):
         self.group = group
@@ -33,7 +33,7 @@ class Naive:
             parameter.grad = None
 
     def on_gradient(self, parameter):
-        """Called when a backward pass has added to the gradient of a parameter; too early here."""
+        """Called when a backward pass has added to a parameter's gradient; `naive` sends later."""
 
     def finish_gradients(self):
         """Call after the last backward pass; the gradients of `parameters` are complete then."""
@@ -45,7 +45,7 @@ class Naive:
 
 
 class Bucket:
-    """Several parameters, one after the other in one vector that the ranks can share evenly."""
+    """Several parameters, one after the other in a vector that the ranks can share evenly."""
 
     def __init__(self, parameters, group):
         self.parameters, self.group = parameters, group
@@ -62,25 +62,25 @@ class Bucket:
     def vector(self, tensors):
         """Tensors shaped like the parameters, one after the other: a new vector [length].
 
-        Its dtype is that of the weights as they were made.
+        It has the dtype of the weights, which may be better than that of the tensors.
         """
         padding = tensors[0].new_zeros(self.length - self.ranges[-1].stop)
         return torch.cat([*(tensor.flatten() for tensor in tensors), padding]).to(self.dtype)
 
     def hold(self, weights):
-        """Let the parameters be the pieces of a vector [length] of their weights."""
+        """Make each parameter a view of a vector [length] that has the weights of all of them."""
         self.weights = weights
         for parameter, view in zip(self.parameters, self.views(weights), strict=True):
             parameter.data = view
 
     def gradients(self):
-        """Those of the parameters in a vector; one alone that needs no padding is at most cast."""
+        """The parameters' gradients as a vector [length]; a single one is not copied if it fits."""
         found = [parameter.grad for parameter in self.parameters]
         whole = len(found) == 1 and found[0].numel() == self.length
         return found[0].flatten().to(self.dtype) if whole else self.vector(found)
 
     def views(self, vector):
-        """The places of a vector in the shapes of the parameters."""
+        """Views of a vector [length]: the place of each parameter, in the parameter's shape."""
         pairs = zip(self.ranges, self.parameters, strict=True)
         return [vector[place].view(parameter.shape) for place, parameter in pairs]
 
@@ -139,9 +139,10 @@ class Bucketed(Naive):
     def cut(self, model):
         """Lists of parameters, one a bucket, in the order in which backward meets them.
 
-        What is outside of the layers is alone. For tp may cut a vocabulary unevenly, and what came
-        after it in a bucket would lie elsewhere than on other tp ranks, be added up in another
-        order, and drift apart from its replicas.
+        Each parameter outside of the layers has a bucket of its own. tp may cut a vocabulary
+        unevenly: what came after it in a bucket would lie at another place on each tp rank. At
+        another place numbers may be added in another order, and the copies of a norm, which all
+        tp ranks have, would drift apart by rounding.
         """
         inside = [p for p in self.parameters[::-1] if ".layers." in p.global_name]
         # A bucket for each chunk, as their last backward passes come at different times.
@@ -172,4 +173,4 @@ class Bucketed(Naive):
         self.reduced(bucket, received)
 
     def reduced(self, bucket, received):
-        """Take what a reduction gave; here it is where it belongs."""
+        """Take the sum that has arrived; here the gradients are already views of it."""

@@ -1,8 +1,8 @@
-"""ZeRO: data parallelism in which each rank keeps a share of what the others keep too.
+"""ZeRO: data parallelism in which each rank keeps a shard of what other engines keep n times.
 
-    zero1    each rank updates a shard of the weights, and keeps the optimizer state of only that
-    zero2    and the gradients of only that
-    zero3    and the weights of only that; a layer is gathered when it is needed
+    zero1    a rank keeps the optimizer state of its shard only, and updates only that
+    zero2    and the gradients of its shard only
+    zero3    and the weights of its shard only; a layer is gathered when it is needed
 
 Sources: ZeRO (arXiv:1910.02054), section 5; FSDP (arXiv:2304.11277), section 3.
 """
@@ -17,9 +17,9 @@ from data_parallel import Bucketed, Naive
 
 
 class Zero1(Bucketed):
-    """Each rank updates one shard of the weights, and keeps the optimizer state of only that.
+    """Each rank updates its shard of the weights, and keeps the optimizer state of only that.
 
-    An all-reduce is a reduce-scatter and an all-gather; the update now stands between the two.
+    An all-reduce is a reduce-scatter and an all-gather. Here the update stands between the two.
     """
 
     axes = ("dp", "cp")
@@ -33,7 +33,7 @@ class Zero1(Bucketed):
             self.parameters += bucket.pieces(bucket.shard, bucket.gradient_shard)
 
     def lay_out(self, bucket):
-        """Put weights into a vector; what this rank updates is a shard of it, with a gradient."""
+        """Put a bucket's weights into one vector; this rank's shard of it gets a gradient."""
         bucket.hold(bucket.vector(bucket.parameters))
         bucket.shard = bucket.weights[bucket.mine]
         bucket.gradient_shard = torch.zeros_like(bucket.shard)
@@ -43,6 +43,7 @@ class Zero1(Bucketed):
             bucket.gradient_shard.zero_()
 
     def reduce(self, bucket):
+        """Start to sum a bucket's gradients into this rank's shard; drop the whole ones."""
         while self.running and bucket.nbytes + self.bytes_running() > self.most_bytes:
             self.finish_oldest()
         vector = bucket.gradients()
@@ -68,7 +69,7 @@ class Zero1(Bucketed):
 
 
 class Zero2(Zero1):
-    """And keeps the gradients of only that shard: every micro-batch's are sent off at once."""
+    """Zero1 that keeps the gradients of its shard only: each micro-batch's are sent at once."""
 
     def on_gradient(self, parameter):
         bucket = self.bucket_of[parameter]
@@ -77,13 +78,18 @@ class Zero2(Zero1):
 
 
 class Zero3(Zero2):
-    """And keeps the weights of only that shard: a layer is whole while it computes.
+    """Zero2 that keeps the weights of its shard only: a layer is whole while it computes.
 
-    A bucket has the matrices of a layer; those of the next one are gathered meanwhile. They and the
-    head are gathered in the dtype they are cast to where they are used, once in a pass, which
-    changes no number. The head and all norms are whole from the forward pass to their backward
-    pass; the embedding, whose backward pass needs no weights, while it is used. (One that is tied
-    is like a norm.)
+    The matrices of a layer are one bucket. It is gathered before the layer computes and freed after
+    that, once in the forward pass and once in the backward pass. While a layer computes, the next
+    one is gathered. The last layer stays from its forward pass to its backward pass.
+
+    The norms of all layers are one bucket, and the head is one. Both are gathered when the forward
+    pass begins, and stay until their gradients are there. The embedding is whole in its forward
+    pass only: its backward pass needs no weights. If it is tied, it is the head, too, and stays.
+
+    The matrices of the layers and the head travel in the dtype of the computation. `Linear` would
+    cast them to it anyway, so this changes no number. The shards keep their own dtype.
     """
 
     def __init__(self, model, group):
@@ -92,14 +98,14 @@ class Zero3(Zero2):
         self.layers, self.outside = self.buckets[:count], self.buckets[count:]
         named = {bucket.parameters[0].global_name: bucket for bucket in self.outside}
         embedding = named.get("model.embed_tokens.weight")
-        head = named.get("lm_head.weight")  # None where it is tied: it is the embedding then
+        head = named.get("lm_head.weight")  # None if it is tied: it is the embedding then
         if embedding is not None and not model.model.config.tie_word_embeddings:
             self.outside.remove(embedding)
             embed = model.model.embed_tokens
             embed.register_forward_pre_hook(lambda *_: self.fetch(embedding, ahead=None))
             embed.register_forward_hook(lambda *_: self.drop(embedding))
         for bucket in filter(None, [*self.layers, head]):
-            # What would be cast is cast before it travels; the shard stays as it is.
+            # `gather` casts the shard to the dtype of this vector; the shard stays as it is.
             bucket.hold(torch.empty_like(bucket.weights, dtype=model.model.dtype))
             self.drop(bucket)
         for bucket in self.layers:
@@ -114,6 +120,7 @@ class Zero3(Zero2):
         model.register_forward_hook(self.after_model)
 
     def cut(self, model):
+        """Lists of parameters: the matrices of each layer, all norms, each other matrix alone."""
         norms = [p for p in self.parameters if p.dim() < 2]
         layers = [list(layer.parameters()) for layer in model.model.layers]
         layers = [[p for p in layer if p.dim() > 1] for layer in layers]
@@ -123,12 +130,12 @@ class Zero3(Zero2):
 
     def lay_out(self, bucket):
         super().lay_out(bucket)
-        bucket.shard = bucket.shard.clone()
+        bucket.shard = bucket.shard.clone()  # the vector that it was a part of is freed
         bucket.gathering = None
         self.drop(bucket)
 
     def fetch(self, *buckets, ahead):
-        """Have the weights of some buckets here, and those of another one on their way."""
+        """Wait until the weights of some buckets are here; start to gather those of `ahead`."""
         for bucket in (*buckets, ahead):
             if bucket is not None and bucket.gathering is None:
                 bucket.weights.untyped_storage().resize_(bucket.weights.nbytes)
@@ -137,7 +144,11 @@ class Zero3(Zero2):
             bucket.gathering.wait()
 
     def drop(self, bucket):
-        """Free the memory of gathered weights; what points to it finds the next ones there."""
+        """Free the memory of gathered weights, but keep their tensors.
+
+        The parameters, and what autograd saved of them, use the same storage: they find the
+        weights there again after the next `fetch`.
+        """
         if bucket.gathering is not None:
             bucket.gathering.wait()
         bucket.gathering = None
@@ -156,13 +167,14 @@ class Zero3(Zero2):
 
     @torch.compiler.disable
     def after_forward(self, bucket, layer, inputs, output):
-        if bucket.in_backward:  # recomputed by activation checkpointing: still needed
+        if bucket.in_backward:  # activation checkpointing computes it again; backward is next
             return
         output.register_hook(functools.partial(self.before_backward, bucket))
         if bucket.after is not None:  # backward begins with the last one
             self.drop(bucket)
 
     def before_backward(self, bucket, grad):
+        """Called when the gradient of a layer's output is there: its backward pass is next."""
         bucket.in_backward = True
         self.fetch(bucket, ahead=bucket.before)
 
@@ -172,7 +184,7 @@ class Zero3(Zero2):
         return super().reduce(bucket)
 
     def finish_update(self):
-        for bucket in self.buckets:  # what an evaluation left here is out of date
+        for bucket in self.buckets:  # an evaluation may have left weights, which are old now
             self.drop(bucket)
 
 
