@@ -235,8 +235,8 @@ def changes(step):
     """The table of a step: which modules are new, changed, unchanged, with lines added, deleted."""
     old, rows, same = before(step), {"new": [], "changed": []}, []
     for path in sorted(step.glob("*.py")):
-        previous = old / path.name if old else path.with_name("")
-        if not previous.is_file():
+        previous = old and old / path.name
+        if previous is None or not previous.is_file():
             rows["new"].append(f"| `{path.name}` | new | {len(source(path))} | 0 |")
         elif source(previous) == source(path):
             same.append(f"`{path.name}`")

@@ -110,16 +110,17 @@ def test_three_steps(step_dir, train_on):
             weights, run.config, tokens, targets, positions
         )
         gradients = {name: gradient / targets.size for name, gradient in gradients.items()}
+        rate = [1.5e-3, 3e-3, found["learning_rate"]][place]
         due = {
-            "step": place + 1,
-            "loss": total / targets.size,
-            "grad_norm": numpy_llama.gradient_norm(gradients),
-            "learning_rate": [1.5e-3, 3e-3, found["learning_rate"]][place],
-            "tokens": 32 * (place + 1),
+            "loss": (total / targets.size, "the mean over all targets of the step"),
+            "grad_norm": (numpy_llama.gradient_norm(gradients), "of this step only, not clipped"),
+            "learning_rate": (rate, "that of learning_rate_at, set before the update"),
+            "tokens": (32 * (place + 1), "all since the start"),
         }
-        for name, value in due.items():
+        for name, (value, meaning) in due.items():
             assert found[name] == pytest.approx(value, rel=1e-10), (
-                f"{name} of step {place + 1} is {found[name]}; it should be {value}"
+                f"{name} of step {place + 1} is {found[name]}, {found[name] / value:.4g} times "
+                f"what it should be: {value}, {meaning}"
             )
         for name, gradient in gradients.items():
             what = f"the gradient of {name}, before clipping, at step {place + 1}"
@@ -135,7 +136,10 @@ def test_the_program(step_dir):
     result = launch(step_dir, TRAIN, ranks=1)
     assert result.code == 0, f"python train.py ends with {result.code}: {result.errors[0]}"
     steps = [line["step"] for line in result.metrics]
-    assert steps == list(range(1, 17)), f"it reports the steps {steps}; 512 tokens are 16 steps"
+    assert steps == list(range(1, 17)), (
+        f"python train.py reports the steps {steps}; 512 tokens are 16 steps. Does the file end "
+        "with run(main, parse_args)?"
+    )
 
 
 # --- 7. and 8. KERNELS.md -------------------------------------------------------------------------
