@@ -11,7 +11,7 @@ import torch
 from errors import RANK, UserError, in_one_line
 
 LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what `torchrun` sets
-# What gloo and NCCL say of a rank that is gone.
+# What gloo and NCCL say to a rank whose neighbour is gone.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process")
 
 
@@ -63,9 +63,9 @@ def check_world(device_type, tp=1, cp=1, dp=1, pp=1):
 
 
 def together(main):
-    """Run main(args). Where it fails because another rank has ended, that one has the word.
+    """Run main(args). If it fails because another rank has ended, leave the report to that rank.
 
-    The launcher then ends this rank, too. If it does not, the first one raises UserError.
+    The launcher then ends this rank, too. If it does not, the first rank raises UserError.
     """
 
     @functools.wraps(main)

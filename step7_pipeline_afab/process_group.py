@@ -1,7 +1,7 @@
 """Many processes: a mesh of ranks, its groups, and the collectives that run on them.
 
 A mesh is an array of ranks with one dim per kind of parallelism, `pp × dp × cp × tp`. Ranks that
-differ along a single axis form a group; a group's collectives are the whole of communication.
+differ along a single axis form a group. Ranks talk only in groups, by collectives.
 tp varies fastest, so the group that talks most sits on the closest devices.
 Source: Megatron-LM (arXiv:2104.04473), section 3.
 """
@@ -31,8 +31,8 @@ def init_processes(device_type):
 
     Returns this rank's device: a GPU of its own on CUDA (NCCL), the CPU otherwise (gloo).
     """
-    # Long, because the others may wait for work that one rank does for all; when a rank dies, the
-    # launcher ends the job, not this.
+    # A long timeout: the others may wait while one rank works for all. It is not needed for a rank
+    # that dies: then the launcher ends the job.
     options = {"backend": "gloo", "timeout": timedelta(hours=1)}
     device = torch.device(device_type)
     if device_type == "cuda":
@@ -60,8 +60,9 @@ class Group:
     axis: str  # "tp", or "dp_cp" for axes taken together
     ranks: tuple  # global ranks in order
     rank: int  # place of this rank in `ranks`
-    # To the torch.distributed group, None for a group of one. Only torch keeps it, until `finish`:
-    # if one is left when Python ends, the threads of gloo abort the process.
+    # A weak reference to the torch.distributed group; None for a group of one. Python must not hold
+    # a gloo group when it ends: its threads would abort the process. So torch alone holds it, and
+    # `finish` lets go of it.
     pointer: weakref.ref
 
     @property
@@ -119,7 +120,8 @@ class Mesh:
             lines = self.grid.movedim([AXES.index(axis) for axis in axes], last)
             lines = lines.reshape(-1, math.prod(self.sizes[axis] for axis in axes)).tolist()
             ranks = next(line for line in lines if self.rank in line)
-            # Each rank makes its own line only, without a barrier of the whole world.
+            # By default all ranks must make all groups, and wait for the whole world each time.
+            # This way a rank makes the groups that it is in, and waits for their ranks only.
             pointer = None
             if len(ranks) > 1:
                 pointer = weakref.ref(dist.new_group(ranks, use_local_synchronization=True))

@@ -1,0 +1,127 @@
+"""What the checks of step 1's further pages run: the kernels and the reports."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy_llama
+from same import same
+from workers_step1 import DERIVATIVE, array, config_of, numbers
+
+# --- 7. and 8. KERNELS.md -------------------------------------------------------------------------
+
+
+def attention(heads, kv_heads):
+    """Compare causal_attention with NumPy's; the names of the operators that ran."""
+    from attention import causal_attention
+    from torch.profiler import profile
+
+    shapes = [(2, 5, heads, 4), (2, 5, kv_heads, 4), (2, 5, kv_heads, 4)]
+    q, k, v = (numbers(*shape, start=i).requires_grad_() for i, shape in enumerate(shapes))
+    grad = numbers(*shapes[0], start=4)
+    with profile() as trace:
+        out = causal_attention(q, k, v)
+        out.backward(grad)
+    arrays = [x.detach().numpy() for x in (q, k, v)]
+    due = array(numpy_llama.attention(*arrays))
+    hint = "of each query head, over the tokens up to its own; kv_heads serve several heads"
+    same(out, due, "causal_attention", hint)
+    grads = numpy_llama.attention_backward(grad.numpy(), *arrays)
+    for name, x, expected in zip("qkv", (q, k, v), grads, strict=True):
+        same(x.grad, array(expected), f"the gradient of {name}", DERIVATIVE, 1e-11)
+    return {event.key for event in trace.key_averages()}
+
+
+def rms_norm(kernels):
+    """Compare rms_norm, or with `kernels` what Triton's interpreter makes of them, with NumPy's."""
+    import rms_norm as ours
+
+    function = ours.TritonRMSNorm.apply if kernels else ours.rms_norm
+    name = "TritonRMSNorm" if kernels else "rms_norm"
+    for shape in ((2, 3, 5), (300, 4)):  # the latter has more rows than there are programs
+        x, weight = numbers(*shape).requires_grad_(), numbers(shape[-1], start=2).requires_grad_()
+        grad = numbers(*shape, start=1)
+        y = function(x, weight, 1e-2)
+        y.backward(grad)
+        arguments = x.detach().numpy(), weight.detach().numpy(), 1e-2
+        same(y, array(numpy_llama.rms_norm(*arguments)), name, "x / rms(x) * weight")
+        grads = numpy_llama.rms_norm_backward(grad.numpy(), *arguments)
+        for what, found, due in zip(("x", "weight"), (x, weight), grads, strict=True):
+            hint = DERIVATIVE + (", a sum over all rows" if what == "weight" else "")
+            same(found.grad, array(due), f"the gradient of {name}'s {what}", hint)
+
+
+# --- 9. and 10. REPORTS.md ------------------------------------------------------------------------
+
+
+def refused(path, flags):
+    """What check_metrics_file says of a run with these flags; None if it may write there."""
+    from errors import UserError
+    from metrics_file import check_metrics_file
+
+    try:
+        check_metrics_file(SimpleNamespace(metrics_file=path, flags=flags))
+    except UserError as error:
+        return str(error)
+
+
+def metrics_file(path):
+    from metrics_file import MetricsFile
+
+    flags = {"seed": 1, "metrics_file": path}
+    for _ in range(2):  # the same command may be given again
+        said = refused(path, flags)
+        assert said is None, f"the file is new, or of a run of the same flags, but: {said}"
+        file = MetricsFile(path, flags)
+        for step in (1, 2):
+            file.write({"step": step, "loss": 0.1})
+            lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+            due = [{"step": step, "loss": 0.1} for step in range(1, step + 1)]
+            assert lines == due, f"after step {step} the file holds {lines}; a line a step is due"
+        file.close()
+    assert refused(path, flags | {"seed": 2}), "another run would write over these lines"
+    kept = Path(path).read_text()
+    Path(path).write_text("notes of mine\n")
+    assert refused(path, flags), "a file that holds something else would be lost"
+    Path(path).write_text(kept[:-9])  # as a run leaves it that was killed
+    assert refused(path, flags) is None, "a last line that is cut off is no reason to refuse"
+
+
+def full_disk():
+    from errors import UserError
+    from metrics_file import MetricsFile
+
+    file = MetricsFile("/dev/full", {})  # a device of Linux on which nothing finds room
+    file.write({"step": 1})  # training goes on
+    file.write({"step": 2})
+    try:
+        file.close()
+    except UserError as error:
+        assert "2 lines" in str(error), f"2 lines are lost; close says: {error}"
+    else:
+        raise AssertionError("the lines found no room, and close must say so at the end")
+
+
+def metrics(path):
+    import torch
+
+    from metrics import Metrics, flops_per_token, peak_memory_gb, readable
+
+    model = SimpleNamespace(parameter_count=1000, model=SimpleNamespace(config=config_of()))
+    due = 6 * 1000 + 12 * 2 * 16 * 128
+    found = flops_per_token(model, 128)
+    assert found == due, f"flops_per_token is {found}; 6 N + 12 L h s are {due}"
+    memory = peak_memory_gb(torch.device("cpu"))
+    assert 0.01 < memory < 1000, f"{memory} GB are no size of this process"
+    args = SimpleNamespace(metrics_file=path, use_wandb=False, run_name=None, flags={})
+    report = Metrics(args, torch.device("cpu"), 2e9)
+    report.peak = 1e12  # as if it were known
+    report.open()
+    report.clock -= 10  # as if the step had taken ten seconds
+    report.log({"step": 1, "loss": 5.0, "grad_norm": 2.0, "learning_rate": 1e-3, "tokens": 1000,
+                "memory_gb": 0.5})  # fmt: skip
+    report.close()
+    line = json.loads(Path(path).read_text())
+    for name, due in {"tokens_per_second": 100, "mfu": 100 * 2e9 / 1e12}.items():
+        assert abs(line[name] / due - 1) < 0.01, f"{name} is {line[name]}; it should be {due}"
+    assert "loss  5.0000" in readable(line), f"the line for people: {readable(line)}"
