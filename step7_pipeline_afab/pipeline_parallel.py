@@ -1,9 +1,9 @@
 """Pipeline parallelism: each rank holds some of the layers, and micro-batches pass through them.
 
-A stage receives activations from the stage before, computes its layers and sends the result on;
-gradients come back the same way. All micro-batches go forward, then all backward in the same order
-(AFAB), so a stage waits p - 1 times at the start and at the end, a share (p - 1) / (m + p - 1) of
-the step with m micro-batches, and keeps the activations of all of them.
+A stage receives activations from the stage before, computes its layers and sends the result on.
+Gradients come back the same way. First all micro-batches go forward, then all go backward in the
+same order (AFAB); a stage keeps the activations of all of them meanwhile. With p stages and m
+micro-batches each stage is idle for a share (p - 1) / (m + p - 1) of the step.
 Source: GPipe (arXiv:1811.06965), section 2.3.
 """
 
@@ -21,22 +21,23 @@ import process_group as pg
 from timeline import Timeline
 
 # On all stages but the last a backward pass begins with a matrix product, in autograd's own thread.
-# That has no CUDA context yet, so torch makes one, as it should, and warns.
+# That thread has no CUDA context yet. torch makes one, as it should, and warns.
 warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
 
 
 def deal_layers(config, stages):
-    """Which layers each stage holds: a list of ranges, of lengths that differ by one at most."""
+    """A range of layers for each stage; their lengths differ by one at most."""
     layers = config.num_hidden_layers
     ends = [layers * stage // stages for stage in range(stages + 1)]
     return [range(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 def apply_pipeline_parallel(model, group):
-    """Leave of a model on the meta device what this rank's stage computes.
+    """Keep of a model on the meta device only what this rank's stage computes.
 
-    A stage is called like the whole model; what it lacks passes on what it is given. So the first
-    one takes tokens, the others activations; the last one returns the loss, the others activations.
+    A stage is called like the whole model. In place of a module that it lacks stands one that
+    returns its input. So the first stage takes tokens and the others take activations; the last
+    stage returns the loss and the others return activations.
     """
     if group.size == 1:
         return
@@ -48,9 +49,10 @@ def apply_pipeline_parallel(model, group):
         model.model.norm = model.lm_head = nn.Identity()
         model.cross_entropy = lambda activations, targets: activations
     if model.model.config.tie_word_embeddings:
-        # The first and the last stage hold the same weight, and will add up its gradients. A stage
-        # in between makes a group too, of itself: torch numbers a rank's groups, and the numbers
-        # must stay the same on all.
+        # The first and the last stage hold the same weight, and will add up its gradients in a
+        # group of two. A stage in between makes a group of itself. It has no use for it, but torch
+        # names a group after its ranks and the number of groups that a rank has: without it the
+        # next group would have different names on its ranks, and they would wait for each other.
         ends = (group.ranks[0], group.ranks[-1])
         own = group.ranks[group.rank]
         ranks = ends if own in ends else (own,)
@@ -69,7 +71,7 @@ def sum_shared_gradients(parameters):
 
 
 def message_shape(args):
-    """Of what a stage sends: [micro-batch, the part of the sequence that a rank has, hidden]."""
+    """The shape of what stages send: [sequences, tokens that a rank has of each, hidden]."""
     parts = args.cp_size * (args.tp_size if args.sequence_parallel else 1)
     return args.micro_batch_size, args.seq_len // parts, args.config.hidden_size
 
@@ -84,13 +86,13 @@ class Stage:
         self.shape = message_shape(args)
         self.micro_batches = args.gradient_accumulation_steps
         self.timeline = Timeline(args.timeline, device)
-        # Of each micro-batch that has not gone backward yet: its input, and the edge where the
-        # gradient of its output enters. The output is not kept: once it is sent, it is not needed.
+        # For each micro-batch that has not gone backward yet: its input, and the edge of autograd's
+        # graph where the gradient of its output enters. Nobody needs an output that has been sent.
         self.alive = collections.deque()
         self.sending = []  # handles, with the tensors that they send
 
     def run(self, micro_batches, targets_in_all, backward):
-        """Train on a step's micro-batches, or with backward false only look at some.
+        """Forward and backward for a step's micro-batches; with backward false, forward for some.
 
         Returns the sum of their losses, each divided by targets_in_all, as a float64 scalar; zero
         on all stages but the last.
@@ -113,17 +115,20 @@ class Stage:
         self.targets_in_all, self.went_backward = targets_in_all, 0
 
     def empty(self):
-        """Room for what a neighbour sends."""
+        """Memory for what a neighbour sends."""
         return torch.empty(self.shape, dtype=self.model.model.dtype, device=self.device)
 
     def finish_sends(self):
-        """Wait for what is under way, and let go of its memory."""
+        """Wait for the sends that are under way, and let go of their tensors."""
         for handle, _ in self.sending:
             handle.wait()
         self.sending.clear()
 
     def forward(self, x, micro_batch):
-        """Activations [batch, seq / cp, hidden] to the next ones; tokens if first, loss if last."""
+        """One micro-batch forward: activations [batch, seq / cp, hidden] to the next ones.
+
+        The first stage takes its tokens instead, with x None; the last one returns the loss.
+        """
         tokens, targets, positions = micro_batch
         x = tokens if x is None else x.requires_grad_()
         with self.timeline.span("forward"):
@@ -135,9 +140,10 @@ class Stage:
         return out.detach()
 
     def backward(self, grad):
-        """The gradient of the input from that of the output, of the oldest micro-batch alive.
+        """The oldest micro-batch alive backward: the gradient of its output to that of its input.
 
-        Gradients of weights are thus added in the order of a run without a pipeline.
+        So the gradients of weights are added in the order of a run without a pipeline. The last
+        stage has no gradient to give, None; the first one returns None.
         """
         x, edge = self.alive.popleft()
         self.went_backward += 1
@@ -147,15 +153,16 @@ class Stage:
         return x.grad
 
     def talk(self, peer, send=None, receive=False):
-        """Send to a neighbour, receive from it, or both at once; beyond the ends there is none.
+        """Send to a neighbour, receive from it, or both at once; returns what was received.
 
-        What is received is waited for; a send alone only before the next one is sent alone.
+        peer: its global rank; None beyond an end of the pipeline, where there is nothing to do. A
+        send alone is waited for only before the next one: the stage computes meanwhile.
         """
         if peer is None:
             return None
         sends = [] if send is None else [(send.contiguous(), peer)]
         if not receive:
-            self.finish_sends()  # of the one before; its memory is free then
+            self.finish_sends()  # the one before; then its memory is free
             self.sending = [(handle, sends) for handle in pg.exchange(self.group, sends)]
             return None
         arriving = self.empty()
@@ -173,6 +180,7 @@ def one_by_one(stage, micro_batches):
 
 
 def all_forward(stage, micro_batches):
+    """Receive, compute and send on, one micro-batch after the other."""
     for micro_batch in micro_batches:
         x = stage.talk(stage.before, receive=True)
         stage.talk(stage.after, send=stage.forward(x, micro_batch))

@@ -15,19 +15,19 @@ from errors import UserError
 class Timeline:
     """Spans of time with names; with no path it records nothing.
 
-    On CUDA the host runs ahead of the device, so spans are timed by events in its stream. Ranks of
-    one machine share a clock.
+    On CUDA the host runs ahead of the device. There events in the device's stream say when a span
+    began and ended. Ranks of one machine share a clock.
     """
 
     def __init__(self, path, device):
         self.path, self.on_cuda, self.spans = path, device.type == "cuda", []
         if path and self.on_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # so that the next two lines are the same moment
         self.begun = time.perf_counter()
         self.zero = self.now() if path else None
 
     def now(self):
-        """Seconds on a CPU; on CUDA an event, which is a time later."""
+        """Seconds on a CPU; on CUDA an event, whose time is read at the end."""
         if not self.on_cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -44,7 +44,7 @@ class Timeline:
         self.spans.append((name, start, self.now()))
 
     def seconds(self, moment):
-        """Seconds on the clock of the machine."""
+        """What `now` returned, in seconds on the clock of the machine."""
         return self.begun + self.zero.elapsed_time(moment) / 1e3 if self.on_cuda else moment
 
     def write(self, world):

@@ -158,7 +158,7 @@ class Zero3(Zero2):
         self.fetch(*self.outside, ahead=self.layers[0])
 
     def after_model(self, model, inputs, output):
-        # In a pipeline other micro-batches may go backward in between, and drop them.
+        # In a pipeline other micro-batches may have gone backward meanwhile, and dropped these.
         output.register_hook(lambda grad: self.fetch(*self.outside, ahead=self.layers[-1]))
 
     @torch.compiler.disable
