@@ -72,8 +72,8 @@ def order():
     assert list(range(10)) not in epochs, "an epoch is in the order of the text: it is not shuffled"
     torch.manual_seed(1)
     assert row(3) == first, (
-        "the same seed gives another order the next time: it depends on something else too, such as "
-        "torch's own generator. Make a new generator from the seed and the epoch"
+        "the same seed gives another order the next time: it depends on something else too, maybe "
+        "on torch's own generator. Make a new generator from the seed and the epoch"
     )
     assert row(4) != first, "another seed gives the same order"
     back = [25, 3, 17, 4]
