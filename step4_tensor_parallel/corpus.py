@@ -68,10 +68,10 @@ def load_tokens(args, world, device):
 
 
 def tokenised(args):
-    """Folder of the cache with the data set's tokens, made if it is not there or not whole.
+    """The folder of the cache with a data set's tokens, made if it is not there or not whole.
 
-    Beside them, about.json has their "sha256": the identity of what is trained on, wherever it
-    lies. It is that of both files' tokens, one after the other, as they are stored.
+    In it about.json has the sha256 of the tokens, those to train on and then those to hold out, as
+    they are stored. It says what a run is trained on: the same text elsewhere has the same one.
     """
     files = local_files(args.dataset_name)
     for line in files.notes:
@@ -206,7 +206,7 @@ def cut_batches(found):
 
 
 def encoder(tokenizer):
-    """The function from texts to lists of ids; by the `tokenizers` library itself, where it can."""
+    """A function from texts to lists of ids, by the `tokenizers` library itself where it can be."""
     if not tokenizer.is_fast:
         return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     backend = tokenizer.backend_tokenizer
@@ -249,7 +249,7 @@ def in_processes(count, function, batches):
 
 
 def begin_work(function):
-    """In a process that tokenises: leave signals to the one that started it, and end with that."""
+    """In a process that tokenises: leave signals to its parent, and end when that one ends."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

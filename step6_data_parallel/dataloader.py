@@ -1,8 +1,8 @@
 """Batches: which sequences make up a step, and in which order they come.
 
-The sequences of step s are a function of the seed, the global batch size and s, and of nothing
-else: not of how a batch is cut into micro-batches, nor of the workers that load it. So the step is
-all that has to be saved to go on from here.
+The sequences of a step are a function of the seed, the global batch size and the number of the
+step, and of nothing else: not of how the batch is cut into micro-batches, nor of the workers that
+load it. So the number of the step is all that has to be saved to go on later.
 """
 
 import hashlib
@@ -38,7 +38,10 @@ class Windows(Dataset):
 
 
 class Order:
-    """An endless row of epochs, each shuffled anew; a step takes its next batch_size windows."""
+    """All epochs in an endless row, each of `count` windows in an order of its own.
+
+    Each step takes the next batch_size windows of the row.
+    """
 
     def __init__(self, count, batch_size, seed):
         self.count, self.batch_size, self.seed = count, batch_size, seed
@@ -55,13 +58,16 @@ class Order:
         return int(self.shuffled[place])
 
     def cut(self, size, step):
-        """Window indices of micro-batches of some size, from a step (the first is 0) on, no end."""
+        """Yield lists of `size` window indices, a micro-batch each, from a step on, without end.
+
+        Steps count from 0.
+        """
         for start in itertools.count(step * self.batch_size, size):
             yield [self.sequence(start + row) for row in range(size)]
 
 
 class Batches:
-    """Deals the sequences of each step to micro-batches, and keeps the last 1/64 of them apart.
+    """Cuts the sequences of a step into micro-batches; the last 1/64 of all windows is held out.
 
     positions: those of a sequence that this rank reads; group: the ranks among which the
     micro-batches of a step are dealt out.
@@ -116,7 +122,7 @@ class Batches:
         self.next_step = None  # a step that is left half read is begun anew
         for _ in range(self.micro_batches_a_step):
             yield self.ahead
-            # While the device is at work: so it does not wait for the first one of the next step.
+            # The device is still at work: so it will not wait for the first one of the next step.
             self.ahead = self.split(next(self.loading))
         self.next_step = step + 1
 

@@ -60,7 +60,7 @@ def read_about(folder):
                 if about[field] != len(tokens) or tokens.ndim != 1 or tokens.dtype not in DTYPES:
                     return None
                 digest.update(tokens)
-    except Exception:  # what a damaged header makes of NumPy
+    except Exception:  # a damaged header can make NumPy raise anything
         return None
     whole = {"notes", "largest_id", "tokenizer", *FILES} <= about.keys()
     return about if whole and about.get("sha256") == digest.hexdigest() else None
@@ -101,7 +101,7 @@ def room_for(folder):
 
 
 def remove_leftovers(cache):
-    """Remove what killed processes were writing: what carries our mark and no lock."""
+    """Remove what killed processes were writing: folders of such a name that nobody has locked."""
     for aside in cache.iterdir():
         if re.fullmatch(ASIDE + "[a-z0-9_]{8}", aside.name) and (held := lock(aside)):
             shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,109 @@
+"""The milestones of step 3: windows, batches, texts, tokens, and the loss of a step."""
+
+import pytest
+import workers_step3 as workers
+import workers_step3_texts as texts
+from harness import World
+from launch import launch
+from same import SMALL, same_step
+
+pytestmark = pytest.mark.usefixtures("worlds")
+
+
+def each(*functions):
+    return pytest.mark.parametrize("function", functions, ids=lambda f: f.__name__)
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    """cached(step_dir, size): a World whose caches are new and its own."""
+    folder, made = tmp_path_factory.mktemp("cache"), {}
+
+    def get(step_dir, size):
+        if (step_dir, size) not in made:
+            caches = {"XDG_CACHE_HOME": str(folder), "HF_HOME": str(folder / "hf")}
+            made[step_dir, size] = World(step_dir, size, **caches)
+        return made[step_dir, size]
+
+    yield get
+    for world in made.values():
+        world.close()
+
+
+@pytest.mark.milestone(3, 1)
+@each(workers.windows, workers.order, workers.cut)
+def test_windows_and_their_order(step_dir, worlds, function):
+    worlds(step_dir, 1).run(function)
+
+
+@pytest.mark.milestone(3, 2)
+@each(workers.held_out, workers.splits, workers.ahead)
+def test_the_sequences_of_a_step(step_dir, worlds, function):
+    worlds(step_dir, 1).run(function)
+
+
+@pytest.mark.milestone(3, 3)
+@each(texts.chosen_files, texts.links)
+def test_which_files(step_dir, worlds, function):
+    worlds(step_dir, 1).run(function)
+
+
+@pytest.mark.milestone(3, 4)
+@each(texts.readers, texts.sliced)
+def test_texts_a_piece_at_a_time(step_dir, worlds, function):
+    worlds(step_dir, 1).run(function)
+
+
+@pytest.mark.milestone(3, 5)
+@each(texts.kept, texts.stopped)
+def test_complete_or_absent(step_dir, worlds, function):
+    worlds(step_dir, 1).run(function)
+
+
+@pytest.mark.milestone(3, 6)
+@each(texts.tokens_of_texts, texts.many_processes)
+def test_from_a_name_to_tokens(step_dir, cached, function):
+    cached(step_dir, 1).run(function)
+
+
+@pytest.mark.milestone(3, 6)
+def test_one_rank_tokenises(step_dir, cached, tmp_path):
+    (tmp_path / "a.txt").write_text("only once")
+    found = cached(step_dir, 3).run(texts.on_several_ranks, str(tmp_path))
+    assert {tokens for tokens, _ in found} == {b"only once\0"}, "the ranks have different tokens"
+    made = [count for _, count in found]
+    assert made == [1, 0, 0], (
+        f"the three ranks made {made} tokenizers; the first one should tokenise for all"
+    )
+
+
+@pytest.mark.milestone(3, 7)
+@pytest.mark.parametrize("sizes", [(2, 2), (1, 3, 2)], ids=["equal", "unequal"])
+def test_the_mean_over_micro_batches(step_dir, worlds, sizes):
+    worlds(step_dir, 1).run(workers.mean, sizes)
+
+
+@pytest.mark.milestone(3, 7)
+@each(workers.graphs, workers.of_a_step)
+def test_the_loss_of_a_step(step_dir, worlds, function):
+    worlds(step_dir, 1).run(function)
+
+
+@pytest.mark.milestone(3, 8)
+@pytest.mark.parametrize("split", [(4, 2), (1, 8)], ids=lambda split: "{} x {}".format(*split))
+def test_any_split_trains_the_same_model(step_dir, train_on, split):
+    flags = "--micro_batch_size {} --gradient_accumulation_steps {}".format(*split)
+    same_step(step_dir, train_on, 1, flags, one="--micro_batch_size 8")
+
+
+@pytest.mark.milestone(3, 8)
+def test_replicas_train_as_one_process(step_dir, train_on):
+    same_step(step_dir, train_on, 2, "")
+
+
+@pytest.mark.milestone(3, 8)
+def test_the_program(step_dir):
+    result = launch(step_dir, SMALL.replace("4096", "96"), ranks=1)
+    assert result.code == 0, f"python train.py ends with {result.code}: {result.errors[0]}"
+    assert [line["step"] for line in result.metrics] == [1, 2, 3], "96 tokens are three steps of 32"
+    assert "held-out loss" in result.out, "train.py should end with a line about the held-out loss"

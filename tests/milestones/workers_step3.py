@@ -1,0 +1,324 @@
+"""What the checks of step 3's loader, tokens and loss run in its processes."""
+
+import math
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from same import same
+
+TOKENS = np.arange(1000, dtype=np.uint16)  # 99 windows of 10 + 1: 98 for training, one held out
+
+
+def arguments(**other):
+    """What `Batches` reads of the command line."""
+    fields = {"seq_len": 10, "micro_batch_size": 4, "gradient_accumulation_steps": 1}
+    rest = {"seed": 3, "num_workers": 0, "dataset_name": "random"}
+    return SimpleNamespace(**(fields | rest | other))
+
+
+def refused(function, *words):
+    """Demand that a call raises UserError, with these words in its message."""
+    from errors import UserError
+
+    try:
+        function()
+    except UserError as error:
+        lacking = [word for word in words if word not in str(error)]
+        assert not lacking, f"the message “{error}” does not say {', '.join(lacking)}"
+    else:
+        raise AssertionError(f"no UserError is raised that says {', '.join(words)}")
+
+
+# --- 1. windows and their order -------------------------------------------------------------------
+
+
+def windows():
+    from dataloader import Windows
+
+    for tokens, count in ((0, 0), (1, 0), (5, 0), (6, 1), (10, 1), (11, 2), (18, 3)):
+        found = len(Windows(TOKENS[:tokens], 5))
+        assert found == count, (
+            f"{tokens} tokens give {found} windows of --seq_len 5; it should be {count}: each one "
+            "takes 5 tokens, and the last one needs one more as its last target"
+        )
+    made = Windows(TOKENS, 5)
+    for index in (0, 1, 7):
+        window, due = made[index], list(range(5 * index, 5 * index + 6))
+        assert isinstance(window, torch.Tensor) and window.dtype == torch.int64, (
+            "a window is a tensor of int64: the embedding takes no other whole numbers of NumPy"
+        )
+        assert window.tolist() == due, (
+            f"window {index} of the tokens 0, 1, 2, … is {window.tolist()}; it should be {due}: "
+            "seq_len + 1 tokens, and its first one is the last one of the window before"
+        )
+
+
+def order():
+    from dataloader import Order
+
+    def row(seed, positions=range(30)):
+        made = Order(10, 4, seed)
+        return [made.sequence(position) for position in positions]
+
+    first = row(3)
+    epochs = [first[start : start + 10] for start in (0, 10, 20)]
+    for number, epoch in enumerate(epochs):
+        assert sorted(epoch) == list(range(10)), (
+            f"epoch {number} of 10 windows is {epoch}; each of 0 to 9 should be there once"
+        )
+    assert epochs[0] != epochs[1], "two epochs come in the same order: put the epoch into the seed"
+    assert list(range(10)) not in epochs, "an epoch is in the order of the text: it is not shuffled"
+    torch.manual_seed(1)
+    assert row(3) == first, (
+        "the same seed gives another order the next time: it depends on something else too, maybe "
+        "on torch's own generator. Make a new generator from the seed and the epoch"
+    )
+    assert row(4) != first, "another seed gives the same order"
+    back = [25, 3, 17, 4]
+    assert row(3, back) == [first[position] for position in back], (
+        "position 3 asked for after position 25 gives another window than in order: an epoch must "
+        "be a function of the seed and its number, not of what was asked before"
+    )
+
+
+def cut():
+    from itertools import islice
+
+    from dataloader import Order
+
+    made, expected = Order(10, 4, 3), Order(10, 4, 3)
+    for size in (1, 2, 4):
+        for step in (0, 2, 6):
+            found = list(islice(made.cut(size, step), 4 // size))
+            due = [expected.sequence(4 * step + row) for row in range(4)]
+            assert sum(found, []) == due, (
+                f"step {step} in micro-batches of {size} has the windows {found}; it should have "
+                f"{due} in this order: the positions from step x batch_size on"
+            )
+            assert {len(part) for part in found} == {size}, f"not all have {size} windows: {found}"
+    assert len(list(islice(made.cut(4, 0), 50))) == 50, "`cut` ends; it should go on for ever"
+
+
+# --- 2. the sequences of a step -------------------------------------------------------------------
+
+
+def batches(tokens=TOKENS, validation=None, **other):
+    from dataloader import Batches
+
+    return Batches(arguments(**other), tokens, torch.device("cpu"), validation)
+
+
+def starts(micro_batches):
+    """The number of each window, from its first token; tokens and targets are what they should."""
+    found = []
+    for tokens, targets, positions in micro_batches:
+        same(positions, torch.arange(10), "the positions", "0 to seq_len - 1")
+        same(targets, tokens + 1, "the targets", "the token after each token (here one more)")
+        found += (tokens[:, 0] // 10).tolist()
+    return found
+
+
+def held_out():
+    data = batches(np.arange(6401, dtype=np.uint16), micro_batch_size=5)  # 640 windows
+    assert data.order.count == 630, (
+        f"of 640 windows {data.order.count} are for training; it should be 630: 640 // 64 are "
+        "held out"
+    )
+    found = starts(data.evaluation())
+    assert sorted(found) == list(range(630, 640)), (
+        f"the held-out windows are {sorted(found)}; it should be the last ones, 630 to 639"
+    )
+    assert starts(data.evaluation()) == found, "a second evaluation reads other windows"
+    one = batches()
+    assert (one.order.count, set(starts(one.evaluation()))) == (98, {98}), (
+        "of 99 windows one is held out, the last: at least one always is"
+    )
+    long = batches(np.arange(60_001, dtype=np.uint16), micro_batch_size=4)
+    assert len(starts(long.evaluation())) == 92, (
+        "93 windows are held out; in micro-batches of 4 an evaluation reads 92 of them"
+    )
+    train, apart = TOKENS, np.arange(5000, 5101, dtype=np.uint16)
+    named = batches(train, apart, micro_batch_size=3)
+    assert named.order.count == 99 and set(starts(named.evaluation())) <= set(range(500, 510)), (
+        "where the data set has a text for validation, all 99 windows of the other one are for "
+        "training and only that text is held out"
+    )
+    refused(lambda: batches(TOKENS[:50]), "dataset_name", "seq_len", "micro_batch_size")
+    refused(lambda: batches(train, apart[:10]), "10 tokens for validation")
+
+
+def splits():
+    steps = [0, 1, 2, 13, 3, 40]
+    whole = batches(micro_batch_size=8)
+    in_order = [starts(whole.micro_batches(step)) for step in range(41)]
+    row = sum(in_order, [])
+    assert sorted(row[:98]) == list(range(98)), (
+        "98 windows of 12 steps and a quarter are no epoch: some are there twice, or held out"
+    )
+    for flags in ((4, 2, 0), (1, 8, 0), (2, 4, 2)):
+        names = ("micro_batch_size", "gradient_accumulation_steps", "num_workers")
+        data = batches(**dict(zip(names, flags, strict=True)))
+        words = ", ".join(f"--{name} {value}" for name, value in zip(names, flags, strict=True))
+        for step in steps:
+            found = starts(data.micro_batches(step))
+            assert found == in_order[step], (
+                f"with {words} step {step} has the windows {found}; one micro-batch of 8 has "
+                f"{in_order[step]}. A step must have the same ones however it is cut, also when it "
+                "is not the one after the last"
+            )
+    data = batches(micro_batch_size=2, gradient_accumulation_steps=4)
+    starts(data.micro_batches(0))
+    next(data.micro_batches(1))
+    assert starts(data.micro_batches(1)) == in_order[1], (
+        "a step whose first micro-batch was read already, and which is then begun again, lacks "
+        "windows: begin it anew"
+    )
+
+
+def ahead():
+    """The micro-batch after the one that is computed is there already, over the end of a step."""
+    data, events = batches(micro_batch_size=2, gradient_accumulation_steps=2), []
+
+    def watched(function, name):
+        return lambda *args: (events.append(name), function(*args))[1]
+
+    data.load, data.split = watched(data.load, "a new loader"), watched(data.split, "load")
+    for step in (0, 1):
+        for _ in data.micro_batches(step):
+            events.append("compute")
+    due = ["a new loader", "load", *4 * ["compute", "load"]]
+    assert events == due, (
+        f"two steps of two micro-batches do {events}; it should be {due}: one loader for all, and "
+        "the next micro-batch is loaded as soon as the device has been given the one before"
+    )
+
+
+# --- 7. the loss of a step ------------------------------------------------------------------------
+
+
+class Mark:
+    """Lives as long as what autograd keeps of one forward pass."""
+
+
+def toy():
+    """(a weight [8], the summed loss of tokens and targets [batch, seq] by it)."""
+    weight = torch.linspace(1, 2, 8, dtype=torch.float64).requires_grad_()
+
+    def summed_loss(tokens, targets, positions):
+        return (weight[tokens].square() * targets).sum()
+
+    return weight, summed_loss
+
+
+def micro_batches_of(*sizes):
+    """Micro-batches [size, 3] of tokens and targets that differ everywhere."""
+    made = []
+    for place, size in enumerate(sizes):
+        tokens = (torch.arange(3 * size).view(size, 3) * 5 + place) % 8
+        made.append((tokens, tokens + 1 + place, torch.arange(3)))
+    return made
+
+
+def state_of(model, **other):
+    return SimpleNamespace(model=model, device=torch.device("cpu"), step=0, **other)
+
+
+def usual_mistake(found, sums, counts):
+    """What usually makes a loss, or a gradient, what it is, in words; nothing if unknown."""
+    own = [one / count for one, count in zip(sums, counts, strict=True)]
+    known = {
+        "each micro-batch is divided by its own number of targets": sum(own),
+        "the mean of the micro-batches' means is taken": sum(own) / len(own),
+        "nothing is divided": sum(sums),
+        "only the last micro-batch counts": sums[-1] / sum(counts),
+        "only the first micro-batch counts": sums[0] / sum(counts),
+        "it is divided by the number of micro-batches": sum(sums) / len(sums),
+    }
+    for words, value in known.items():
+        if torch.allclose(found.detach().double(), value.detach(), rtol=1e-9, atol=0):
+            return f". It is what comes out where {words}"
+    return ""
+
+
+def mean(sizes):
+    import train
+
+    parts = micro_batches_of(*sizes)
+    weight, model = toy()
+    counts = [targets.numel() for _, targets, _ in parts]
+    sums = [model(*part).detach() for part in parts]
+    gradients = [torch.autograd.grad(model(*part), weight)[0] for part in parts]
+    found = train.mean_loss(state_of(model), iter(parts), sum(counts), True)
+    due = "the sum over all micro-batches, divided by the number of targets of all of them"
+    for what, one, each in (("gradient", weight.grad, gradients), ("loss", found, sums)):
+        hint = usual_mistake(one, each, counts) if one is not None else ""
+        named = f"the {what} of micro-batches of {' and '.join(map(str, counts))} targets"
+        same(one, sum(each) / sum(counts), named, due + hint)
+    assert found.dtype == torch.float64, f"the loss is {found.dtype}; add it up in float64"
+    assert not found.requires_grad, "the loss still carries autograd's graph: detach each part"
+    weight.grad = None
+    again = train.mean_loss(state_of(model), iter(parts), sum(counts), False)
+    same(again, found, "the loss with backward=False", "the same as with backward=True")
+    assert weight.grad is None, "with backward=False there must be no gradient"
+
+
+def graphs():
+    """How many micro-batches' graphs there are when a forward pass begins, without backward."""
+    import weakref
+
+    import train
+
+    weight, marks, alive = torch.ones(3, requires_grad=True), [], []
+
+    class Marked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.mark = Mark()
+            marks.append(weakref.ref(ctx.mark))
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad.expand(3)
+
+    def model(tokens, targets, positions):
+        alive.append(sum(mark() is not None for mark in marks))
+        return Marked.apply(weight)
+
+    train.mean_loss(state_of(model), iter(micro_batches_of(1, 1, 1)), 9, False)
+    assert alive == [0, 0, 0], (
+        f"when the micro-batches of an evaluation go forward, the graphs of {alive} earlier ones "
+        "are still in memory; it should be none: nothing goes backward, so let go of the loss "
+        "(`del`) before the next one"
+    )
+
+
+def of_a_step():
+    import train
+
+    parts, asked = micro_batches_of(2, 2), []
+    weight, model = toy()
+    data = SimpleNamespace(
+        held_out=[0, 1, 2, 3],
+        micro_batches=lambda step: (asked.append(step), iter(parts))[1],
+        evaluation=lambda: iter(parts),
+    )
+    args = SimpleNamespace(tokens_per_step=12, seq_len=3, learning_rate=1.0)
+    state = state_of(model, data=data, args=args)
+    state.step = 5
+    due = sum(model(*part) for part in parts) / 12
+    same(train.forward_backward(state), due, "the loss of forward_backward", "the step's mean")
+    assert asked == [5], f"forward_backward reads the steps {asked}; it should read state.step, 5"
+    expected = torch.autograd.grad(due, weight)[0]
+    same(weight.grad, expected, "the gradient of forward_backward", "that of the mean")
+    weight.grad = None
+    found = train.evaluate(state)
+    assert isinstance(found, float) and math.isclose(found, due.item(), rel_tol=1e-12), (
+        f"the held-out loss is {found!r}; it should be the number {due.item()}: the sum divided by "
+        "the targets of all held-out sequences, len(held_out) x seq_len"
+    )
+    assert weight.grad is None, "an evaluation must leave no gradient"
+    with torch.no_grad(), patch.object(state, "model", lambda *_: torch.tensor(math.nan)):
+        refused(lambda: train.evaluate(state), "step 5")
