@@ -6,9 +6,9 @@ import signal
 from pathlib import Path
 
 from same import same
-from step9_runs import ADDED, begun, notes, refused, world_group
+from step9_runs import begun, notes, refused, world_group
 
-# --- 6., 7. rectangles, in files ------------------------------------------------------------------
+# --- 10., 11. rectangles, in files ----------------------------------------------------------------
 
 
 def held_part(name, rows, piece=None):
@@ -95,7 +95,7 @@ def damaged(folder, files):
         (folder / name).write_bytes(content)
 
 
-# --- 8. save and load -----------------------------------------------------------------------------
+# --- 12. save and load ----------------------------------------------------------------------------
 
 
 def trained(flags, steps, save_to=None, resume=None):
@@ -104,11 +104,11 @@ def trained(flags, steps, save_to=None, resume=None):
     from harness import pieces
 
     import checkpoint
-    import train
     from run_directory import read_about
 
-    place = save_to and str(save_to)
-    state = begun(flags, checkpoint_dir=place, data=ADDED["data"])
+    state = begun(flags, checkpoint_dir=save_to and str(save_to))
+    import train
+
     if resume:
         state.args.resume, state.args.resumed = resume, read_about("--resume", resume)
         with torch.no_grad():

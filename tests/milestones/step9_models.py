@@ -45,117 +45,7 @@ def batches(count, size=2, length=16):
     return [(part[:, :-1], part[:, 1:], torch.arange(length)) for part in text]
 
 
-# --- 9. Hugging Face files ------------------------------------------------------------------------
-
-
-def exported(folder):
-    """On tp ranks: export a run, load it again, and compare it with that of `transformers`."""
-    import torch
-
-    import huggingface
-
-    state = begun("--tp_size 2", checkpoint_dir=None, save_hf=str(folder))
-    huggingface.save_hf(state, str(folder))
-    before = [p.detach().clone() for p in state.model.parameters()]
-    with torch.no_grad():
-        for parameter in state.model.parameters():
-            parameter.fill_(torch.nan)
-        huggingface.load_hf(state.model, str(folder))
-        hint = "this rank's slice of what was exported"
-        for parameter, expected in zip(state.model.parameters(), before, strict=True):
-            same(parameter, expected, parameter.global_name, hint)
-        tokens, _, positions = batches(1)[0]
-        ours = state.model.lm_head(state.model.model(tokens, positions))
-        if state.mesh.world.is_first:
-            from transformers import AutoModelForCausalLM
-
-            theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-            theirs = theirs(tokens).logits[..., state.model.lm_head.weight.held[0]]
-            # They compute rotations in float32.
-            same(theirs, ours, "the logits of transformers", "ours", tolerance=1e-5)
-    config = state.model.model.config
-    for layers, words in ((1, "not a Llama"), (3, "is missing there")):
-        config.num_hidden_layers = layers
-        refused(lambda: huggingface.stored_slices(folder, config), words)
-    left = [path.name for path in Path(folder).parent.iterdir()]
-    assert left == [Path(folder).name], f"what was written aside is left: {left}"
-
-
-def failing_export(folder):
-    """An export that fails leaves nothing, unless the disk refused and the parts are whole."""
-    import aside
-
-    for code, kept in ((None, []), (28, ["parts"])):
-        for name in ("parts", "whole"):
-            (aside.hidden(folder) / name).mkdir(parents=True)
-
-        def fail(code=code):
-            with aside.writing(folder, kept=["parts"]):
-                raise OSError(code, "no room") if code else ValueError("else")
-
-        with contextlib.suppress(ValueError):
-            refused(fail, f"--save_hf {folder}")
-        place = aside.hidden(folder)
-        left = sorted(path.name for path in place.iterdir()) if place.exists() else []
-        assert left == kept, f"after the error {code} there is {left} aside; it should be {kept}"
-
-
-# --- 10. text -------------------------------------------------------------------------------------
-
-
-def text():
-    import torch
-
-    import generate
-    import process_group as pg
-
-    group = world_group()
-    if group.size > 1:
-        group = pg.Mesh(tp=group.size).group("tp")
-    model, prompt = tiny(tp=group), [5, 60, 3, 3, 17]
-    for parameter in model.parameters():
-        parameter.data *= 3  # so that the likeliest symbol is no tie
-    tokens = list(prompt)
-    with torch.no_grad():
-        for _ in range(SAMPLING["max_new_tokens"]):
-            positions = torch.arange(len(tokens))
-            logits = generate.next_logits(model, group, torch.tensor([tokens]), positions)
-            tokens.append(int(logits.argmax()))
-    expected = tokens[len(prompt) :]
-    found = generate.generate(model, group, prompt, SimpleNamespace(**SAMPLING), [])
-    assert found == expected, (
-        f"with the cache the symbols are {found}; without, reading the whole text for each, "
-        f"{expected}: perhaps positions begin anew, or a key is kept in a wrong place"
-    )
-    end = expected[4]
-    found = generate.generate(model, group, prompt, SimpleNamespace(**SAMPLING), [end])
-    assert found == expected[: expected.index(end) + 1], "nothing should follow an end symbol"
-    return expected
-
-
-def draws():
-    import torch
-
-    from generate import sample
-
-    logits = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log()
-    cases = {
-        (1.0, 0, 1.0): [0.1, 0.2, 0.3, 0.4],
-        (0.5, 0, 1.0): [1 / 30, 4 / 30, 9 / 30, 16 / 30],
-        (1.0, 2, 1.0): [0, 0, 3 / 7, 4 / 7],
-        (1.0, 0, 0.65): [0, 0, 3 / 7, 4 / 7],
-        (1.0, 0, 0.35): [0, 0, 0, 1],
-        (0, 0, 1.0): [0, 0, 0, 1],
-    }
-    for case, expected in cases.items():
-        generator = torch.Generator().manual_seed(0)
-        drawn = [sample(logits.clone(), *case, generator) for _ in range(4000)]
-        found = [drawn.count(symbol) / len(drawn) for symbol in range(4)]
-        apart = max(abs(a - b) for a, b in zip(found, expected, strict=True))
-        assert apart < 0.03, f"temperature, top_k, top_p {case}: {found}, not {expected}"
-
-
-# --- 11. layers by cost, in chunks ----------------------------------------------------------------
+# --- 3. layers by cost, in chunks -----------------------------------------------------------------
 
 
 def dealt():
@@ -203,7 +93,7 @@ def chunked():
         assert len(chunks) == 1, f"a bucket has weights of the chunks {chunks}; one each, please"
 
 
-# --- 12., 13. the plan, and to follow it ----------------------------------------------------------
+# --- 4., 5. the plan, and to follow it ------------------------------------------------------------
 
 
 def plans():
@@ -270,7 +160,7 @@ def interleaved(rounds):
     assert not any(alive), f"after an evaluation {alive} micro-batches are still kept"
 
 
-# --- 14. one cast ---------------------------------------------------------------------------------
+# --- 6. one cast ----------------------------------------------------------------------------------
 
 
 def shared():
@@ -314,3 +204,113 @@ def switch():
         tiny(num_hidden_layers=1).compile_layers("aot_eager", wanted)
         found = not partitioner.ban_recompute_materialized_backward
         assert found == wanted, f"compile_layers(…, {wanted}) left the compiler's switch at {found}"
+
+
+# --- 13. Hugging Face files -----------------------------------------------------------------------
+
+
+def exported(folder):
+    """On tp ranks: export a run, load it again, and compare it with that of `transformers`."""
+    import torch
+
+    import huggingface
+
+    state = begun("--tp_size 2", checkpoint_dir=None, save_hf=str(folder))
+    huggingface.save_hf(state, str(folder))
+    before = [p.detach().clone() for p in state.model.parameters()]
+    with torch.no_grad():
+        for parameter in state.model.parameters():
+            parameter.fill_(torch.nan)
+        huggingface.load_hf(state.model, str(folder))
+        hint = "this rank's slice of what was exported"
+        for parameter, expected in zip(state.model.parameters(), before, strict=True):
+            same(parameter, expected, parameter.global_name, hint)
+        tokens, _, positions = batches(1)[0]
+        ours = state.model.lm_head(state.model.model(tokens, positions))
+        if state.mesh.world.is_first:
+            from transformers import AutoModelForCausalLM
+
+            theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+            theirs = theirs(tokens).logits[..., state.model.lm_head.weight.held[0]]
+            # They compute rotations in float32.
+            same(theirs, ours, "the logits of transformers", "ours", tolerance=1e-5)
+    config = state.model.model.config
+    for layers, words in ((1, "not a Llama"), (3, "is missing there")):
+        config.num_hidden_layers = layers
+        refused(lambda: huggingface.stored_slices(folder, config), words)
+    left = [path.name for path in Path(folder).parent.iterdir()]
+    assert left == [Path(folder).name], f"what was written aside is left: {left}"
+
+
+def failing_export(folder):
+    """An export that fails leaves nothing, unless the disk refused and the parts are whole."""
+    import aside
+
+    for code, kept in ((None, []), (28, ["parts"])):
+        for name in ("parts", "whole"):
+            (aside.hidden(folder) / name).mkdir(parents=True)
+
+        def fail(code=code):
+            with aside.writing(folder, kept=["parts"]):
+                raise OSError(code, "no room") if code else ValueError("else")
+
+        with contextlib.suppress(ValueError):
+            refused(fail, f"--save_hf {folder}")
+        place = aside.hidden(folder)
+        left = sorted(path.name for path in place.iterdir()) if place.exists() else []
+        assert left == kept, f"after the error {code} there is {left} aside; it should be {kept}"
+
+
+# --- 14. text -------------------------------------------------------------------------------------
+
+
+def text():
+    import torch
+
+    import generate
+    import process_group as pg
+
+    group = world_group()
+    if group.size > 1:
+        group = pg.Mesh(tp=group.size).group("tp")
+    model, prompt = tiny(tp=group), [5, 60, 3, 3, 17]
+    for parameter in model.parameters():
+        parameter.data *= 3  # so that the likeliest symbol is no tie
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(SAMPLING["max_new_tokens"]):
+            positions = torch.arange(len(tokens))
+            logits = generate.next_logits(model, group, torch.tensor([tokens]), positions)
+            tokens.append(int(logits.argmax()))
+    expected = tokens[len(prompt) :]
+    found = generate.generate(model, group, prompt, SimpleNamespace(**SAMPLING), [])
+    assert found == expected, (
+        f"with the cache the symbols are {found}; without, reading the whole text for each, "
+        f"{expected}: perhaps positions begin anew, or a key is kept in a wrong place"
+    )
+    end = expected[4]
+    found = generate.generate(model, group, prompt, SimpleNamespace(**SAMPLING), [end])
+    assert found == expected[: expected.index(end) + 1], "nothing should follow an end symbol"
+    return expected
+
+
+def draws():
+    import torch
+
+    from generate import sample
+
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log()
+    cases = {
+        (1.0, 0, 1.0): [0.1, 0.2, 0.3, 0.4],
+        (0.5, 0, 1.0): [1 / 30, 4 / 30, 9 / 30, 16 / 30],
+        (1.0, 2, 1.0): [0, 0, 3 / 7, 4 / 7],
+        (1.0, 0, 0.65): [0, 0, 3 / 7, 4 / 7],
+        (1.0, 0, 0.35): [0, 0, 0, 1],
+        (0, 0, 1.0): [0, 0, 0, 1],
+    }
+    for case, expected in cases.items():
+        generator = torch.Generator().manual_seed(0)
+        drawn = [sample(logits.clone(), *case, generator) for _ in range(4000)]
+        found = [drawn.count(symbol) / len(drawn) for symbol in range(4)]
+        apart = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+        assert apart < 0.03, f"temperature, top_k, top_p {case}: {found}, not {expected}"

@@ -1,21 +1,16 @@
 """What the checks of step 9's milestones run on ranks: the files and the directory of a run."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 from same import SMALL
-
-# What step 9's flags add to the arguments: a reader's flags.py may still be that of step 8.
-ADDED = {
-    **{"checkpoint_dir": None, "lock": None, "auto": False, "resume": None, "resumed": None},
-    **{"damaged": [], "found": [], "keep_last": 3, "save_every": None, "load_hf": None},
-    **{"save_hf": None, "data": {"tokens": 1, "held_out": None, "sha256": "0" * 64}},
-}
 
 
 def world_group():
@@ -26,15 +21,18 @@ def world_group():
 
 
 def begun(flags, **changes):
-    """The state of a small run, with all that step 9 asks of one."""
+    """The state of a small run, with all that step 9 asks of one; changes: of its arguments."""
+    import presets
+
+    name = "huggingface"  # flags.py asks for it, but a reader writes it later
+    if name not in sys.modules and importlib.util.find_spec(name) is None:
+        sys.modules[name] = SimpleNamespace(load_checked_config=presets.load_config)
     import train
 
     state = train.setup(train.parse_args((SMALL + flags).split()))
-    for name, value in ADDED.items():
-        if not hasattr(state.args, name):
-            setattr(state.args, name, value)
+    state.args.data = {"tokens": 1, "held_out": None, "sha256": "0" * 64}
     vars(state.args).update(changes)
-    for name in ("asked_to_stop", "stop", "not_saved"):
+    for name in ("asked_to_stop", "stop", "not_saved"):  # that train.py will give it
         setattr(state, name, getattr(state, name, 0))
     return state
 
@@ -147,7 +145,7 @@ def metrics_up_to(folder):
     assert metrics_file.same_flags({"resume": "auto"}, {"resume": None}), "resume may differ"
 
 
-# --- 3., 4. a directory ---------------------------------------------------------------------------
+# --- 7., 8. a directory ---------------------------------------------------------------------------
 
 
 def written(folder, step, run=None):
@@ -224,7 +222,7 @@ def whose(folder):
     assert rd.write_tokenizer("bytes", here) == {}, "the tokenizer `bytes` has no files"
 
 
-# --- 5. the lock ----------------------------------------------------------------------------------
+# --- 9. the lock ----------------------------------------------------------------------------------
 
 
 def locks(folder):
