@@ -1,8 +1,8 @@
 """One cast of each weight for all micro-batches of a step.
 
-A product in bfloat16 needs its float32 weight in bfloat16, forward and backward, so autograd keeps
-the cast from the one pass to the other: 2 bytes a weight. Micro-batches that go backward one by one
-keep one at a time; those that are alive together on a stage would keep one each, all the same.
+A product in bfloat16 needs its float32 weight in bfloat16, forward and backward. So autograd keeps
+the cast from the forward to the backward pass: 2 bytes a weight. In a pipeline several
+micro-batches are alive at once. Each would keep a cast of its own, and all of these are equal.
 Source: mixed precision (arXiv:1710.03740), section 3.1.
 """
 
@@ -32,9 +32,10 @@ def hand_over(weight, engine, cast):
 def shared_casts(model, engine, args):
     """Inside, all micro-batches of a step use one cast of each matrix.
 
-    There is none for a single micro-batch, nor where layers are computed again and keep no casts;
-    none of weights in the dtype of the computation, as zero3's, and of step 4's columns, which cast
-    anew; and none of the embedding's table, even if it is the head: zero3 has not gathered it yet.
+    No cast is made for a single micro-batch, nor where layers are computed again and so keep none.
+    Weights that have no shared cast: those in the dtype of the computation, as zero3 gathers them;
+    step 4's columns, which are cast again in backward; and the embedding's table, even if it is the
+    head, too, because zero3 has not gathered it yet.
     """
     again = args.activation_checkpointing or args.recompute_elementwise
     weights, dtype = [], model.model.dtype

@@ -1,9 +1,9 @@
 """Interleaved 1F1B: a rank holds several chunks of layers, and the bubble shrinks by their number.
 
-With v chunks a rank there are p * v virtual stages; virtual stage s is chunk s // p of rank s % p,
-so a micro-batch goes round the ranks v times. Filling and draining the pipeline still takes p - 1
-passes, but of a chunk, a v-th of a stage: a share (p - 1) / (v m + p - 1) of the step is idle. The
-price: about v times the messages, and more micro-batches alive.
+With c chunks a rank there are p * c virtual stages; virtual stage s is chunk s // p of rank s % p.
+So a micro-batch goes round the ranks c times. Filling and draining the pipeline still takes p - 1
+passes, but a pass is only 1 / c as long: a share (p - 1) / (c m + p - 1) of the step is idle. The
+price: about c times the messages, and more micro-batches alive.
 
 Source: Megatron-LM (arXiv:2104.04473), section 2.2.
 """
@@ -33,8 +33,9 @@ class Pass(NamedTuple):
 def passes_of(rank, ranks, chunks, count):
     """What a rank does, in order. Micro-batches go round in groups of as many as there are ranks.
 
-    A rank runs ahead by the chunks before its last one, and by twice its distance from the end:
-    once would do if messages took no time. Then one forward, one backward.
+    A rank first runs ahead: by a group through each chunk but its last one, and by twice its
+    distance from the last rank. (Once would do if messages took no time.) Then it does one forward
+    and one backward pass in turn.
     """
     # An evaluation has one micro-batch: a round that is not full.
     rounds = [range(start, min(start + ranks, count)) for start in range(0, count, ranks)]
@@ -120,9 +121,10 @@ class Interleaved:
         return self.stages[-1].total
 
     def follow(self, micro_batches, backward=True):
-        """Do the passes of a plan, and after each tick post the messages that it makes, together.
+        """Do the passes of a plan; after each tick post all messages that it makes, together.
 
-        Each is waited for where it is needed, or some ticks on, so that what it sent is freed.
+        A message is waited for where it is needed. A send that nobody here needs is waited for some
+        ticks later, so that its memory is freed.
         """
         ranks, chunks, me = self.group.size, len(self.stages), self.group.rank
         arriving, posted = {}, collections.deque()

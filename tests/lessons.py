@@ -260,8 +260,9 @@ def changes(step):
 
 @cache
 def walk(step):
-    """The items of all pages of a step, in order; milestones count on from page to page."""
-    return [item for page in pages(step) for item in items_of(page)]
+    """The items of all pages of a step, in the order of the milestones, which all pages share."""
+    items = [item for page in pages(step) for item in items_of(page)]
+    return sorted(items, key=lambda item: item.milestone)
 
 
 def items_of(page):

@@ -1,0 +1,152 @@
+"""What the checks of step 9's milestones run on ranks: rectangles, files, a run that goes on."""
+
+import math
+import os
+import signal
+from pathlib import Path
+
+from same import same
+from step9_runs import begun, notes, refused, world_group
+
+# --- 10., 11. rectangles, in files ----------------------------------------------------------------
+
+
+def held_part(name, rows, piece=None):
+    """Rows of a weight [7, 6], or a piece of them: (a parameter, the numbers it should have)."""
+    import torch
+
+    whole = torch.arange(42.0).view(7, 6) + len(name)  # another one for each name
+    numbers = whole[rows] if piece is None else whole[rows].flatten()[piece]
+    part = torch.nn.Parameter(numbers.clone())
+    part.global_name, part.full_shape, part.held = name, whole.shape, (rows, slice(0, 6))
+    if piece is not None:
+        part.piece = piece
+    return part, numbers
+
+
+def views():
+    import torch
+
+    from resharding import tensors_of
+
+    part, _ = held_part("weight", slice(2, 5), slice(4, 15))
+    optimizer = torch.optim.AdamW([part])
+    tensors = tensors_of([part], optimizer)
+    names = {"weight", "weight.exp_avg", "weight.exp_avg_sq"}
+    assert tensors.keys() == names, f"tensors_of has {[*tensors]}, not {names}"
+    places = {((2, 3), (4, 6)), ((3, 4), (0, 6)), ((4, 5), (0, 3))}
+    assert tensors["weight"].keys() == places, f"{[*tensors['weight']]}, not {places}"
+    for view in tensors["weight"].values():
+        view.fill_(5.0)
+    assert (part == 5).all(), "what is put into the views should be in the parameter: no copies"
+    for parts in (tensors["weight.exp_avg"], tensors["weight.exp_avg_sq"]):
+        assert all((view == 0).all() for view in parts.values()), "averages begin as zeros"
+
+
+def write_rows(folder):
+    """On two ranks: one weight in pieces, one that both hold; what write_tensors returns."""
+    from resharding import tensors_of, write_tensors
+
+    world = world_group()
+    cut, _ = held_part("cut", slice(0, 7), (slice(0, 20), slice(20, 42))[world.rank])
+    both, _ = held_part("both", slice(0, 7))
+    files = write_tensors(tensors_of([cut, both]), Path(folder), world)
+    keys = [key for file in files.values() for key in file["parts"]]
+    assert len(keys) == len({*keys}), "a rectangle that both ranks hold should be written once"
+    assert len(files) == 2, f"there are {len(files)} files; each rank should write one"
+    return files
+
+
+def read_rows(folder, files):
+    """On three ranks: rows of both weights."""
+    import torch
+
+    from resharding import all_finite, read_tensors, tensors_of
+
+    world = world_group()
+    rows = (slice(0, 2), slice(2, 5), slice(5, 7))[world.rank]
+    pairs = [held_part(name, rows) for name in ("cut", "both")]
+    with torch.no_grad():
+        for part, _ in pairs:
+            part.fill_(math.nan)
+    tensors = tensors_of([part for part, _ in pairs])
+    assert not all_finite(tensors), "all_finite should notice a NaN"
+    read_tensors(tensors, Path(folder), files)
+    for part, expected in pairs:
+        same(part, expected, "what was read", "the same rows, wherever they were written")
+    assert all_finite(tensors)
+
+
+def damaged(folder, files):
+    """In one process: what is missing or changed is noticed."""
+    from resharding import read_tensors, tensors_of
+
+    parts = [held_part(name, slice(0, 7))[0] for name in ("cut", "both")]
+    tensors = tensors_of(parts)
+    few = {name: about for name, about in files.items() if name != min(files)}
+    refused(lambda: read_tensors(tensors, folder, few), "are not there")
+    for name in files:
+        content = (folder / name).read_bytes()
+        for place in (12, len(content) - 3):  # in the header, in a tensor
+            changed = bytearray(content)
+            changed[place] ^= 1
+            (folder / name).write_bytes(changed)
+            refused(lambda: read_tensors(tensors, folder, files), f"{name}: ", "as it was written")
+        (folder / name).write_bytes(content)
+
+
+# --- 12. save and load ----------------------------------------------------------------------------
+
+
+def trained(flags, steps, save_to=None, resume=None):
+    """Train from the beginning or from a checkpoint: (numbers of each step, pieces of weights)."""
+    import torch
+    from harness import pieces
+
+    import checkpoint
+    from run_directory import read_about
+
+    state = begun(flags, checkpoint_dir=save_to and str(save_to))
+    import train
+
+    if resume:
+        state.args.resume, state.args.resumed = resume, read_about("--resume", resume)
+        with torch.no_grad():
+            for parameter in [*state.model.parameters(), *state.parameters]:
+                parameter.fill_(math.nan)
+        checkpoint.load(state)
+    numbers = []
+    while state.step < steps:
+        found = train.train_step(state)
+        numbers.append([found["step"], found["loss"], found["grad_norm"]])
+    if save_to:
+        checkpoint.save(state)
+    return numbers, pieces(state.parameters, lambda p: p)
+
+
+def what_is_the_same(folder):
+    """compare, identity and listen, in one process."""
+    import numpy as np
+
+    import checkpoint
+
+    state = begun("", checkpoint_dir=str(folder))
+    checkpoint.listen(state)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert state.asked_to_stop == signal.SIGUSR1, "a signal should be remembered by its number"
+    one, other = (checkpoint.identity(np.arange(n, dtype=np.uint8)) for n in (5, 6))
+    assert one["tokens"] == 5 and one != other, "identity should tell data apart by their content"
+    flags = {"seed": 3, "seq_len": 16, "micro_batch_size": 2, "gradient_accumulation_steps": 1}
+    flags |= {"dp_size": 1, **dict.fromkeys(checkpoint.MAY_CHANGE)}
+    model = checkpoint.model_fields(state.args.config)
+    about = {"flags": flags, "model": dict(model), "tokenizer": "bytes"}
+    state.args.flags = {**flags, "micro_batch_size": 1, "dp_size": 2}  # the same global batch
+    checkpoint.compare(state.args, about)
+    for changes, words in (({"seed": 4}, "--seed"), ({"seq_len": 8}, "--seq_len 16, not 8"),
+                           ({"dp_size": 4}, "global batch")):  # fmt: skip
+        state.args.flags = flags | changes
+        refused(lambda: checkpoint.compare(state.args, about), words)
+    state.args.flags = flags | {"learning_rate": 1.0}
+    with notes(checkpoint) as said:
+        checkpoint.compare(state.args, about)
+    assert len(said) == 1, f"another learning rate may be meant: one note, not {said}"

@@ -1,0 +1,256 @@
+"""What the checks of step 9's milestones run on ranks: the files and the directory of a run."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from same import SMALL
+
+
+def world_group():
+    import process_group as pg
+
+    pg.init_processes("cpu")
+    return pg.Mesh(tp=pg.dist.get_world_size()).world
+
+
+def begun(flags, **changes):
+    """The state of a small run, with all that step 9 asks of one; changes: of its arguments."""
+    import presets
+
+    name = "huggingface"  # flags.py asks for it, but a reader writes it later
+    if name not in sys.modules and importlib.util.find_spec(name) is None:
+        sys.modules[name] = SimpleNamespace(load_checked_config=presets.load_config)
+    import train
+
+    state = train.setup(train.parse_args((SMALL + flags).split()))
+    state.args.data = {"tokens": 1, "held_out": None, "sha256": "0" * 64}
+    vars(state.args).update(changes)
+    for name in ("asked_to_stop", "stop", "not_saved"):  # that train.py will give it
+        setattr(state, name, getattr(state, name, 0))
+    return state
+
+
+def refused(act, *words):
+    """Demand that a call ends with a UserError that says some words."""
+    from errors import UserError
+
+    try:
+        act()
+    except UserError as error:
+        missing = [word for word in words if word not in str(error)]
+        assert not missing, f"the error should name {missing}; it says: {error}"
+        return error
+    raise AssertionError(f"no UserError was raised; one that names {words} should be")
+
+
+# --- 1. what all ranks learn ----------------------------------------------------------------------
+
+
+def all_ranks_learn():
+    import torch
+
+    import process_group as pg
+    from errors import UserError
+    from model import Llama, materialize
+    from presets import preset
+
+    world = world_group()
+    found = pg.from_all(world, lambda: 10 * world.rank)
+    every = [10 * rank for rank in range(world.size)]
+    assert found == every, f"from_all returns {found}; it should be every rank's result, {every}"
+
+    def make(kind):
+        if world.is_last:
+            raise kind(28, "no room") if kind is OSError else kind("no room")
+
+    for kind in (UserError, OSError):
+        try:
+            pg.from_all(world, lambda kind=kind: make(kind))
+        except (UserError, OSError) as error:
+            assert "no room" in str(error) and error.on_all_ranks, "the error is not marked"
+        else:
+            raise AssertionError(f"rank {world.rank} goes on though the last rank has an error")
+    error = refused(lambda: pg.from_first(world, lambda: make_error(UserError)), "first")
+    assert error.on_all_ranks, "from_first should mark the error that it raises on all ranks"
+
+    with torch.device("meta"):
+        model = Llama(preset("debug"))
+    materialize(model, None, torch.device("cpu"))
+    for parameter in model.parameters():
+        assert parameter.isnan().all(), (
+            "with seed None each weight should be NaN until it is loaded"
+        )
+
+
+def make_error(kind):
+    raise kind("first")
+
+
+# --- 2. what a run leaves -------------------------------------------------------------------------
+
+
+def config_files(folder):
+    from config_file import parse_with_file, write_config
+    from errors import ArgumentParser
+
+    parser = ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--config", dest="config_file")
+    parser.add_argument("--tp_size", type=int, default=1)
+    parser.add_argument("--dp_size", type=int, default=1)
+    parser.add_argument("--compile", action="store_true")
+    file = folder / "flags.json"
+    file.write_text(json.dumps({"tp_size": 2, "dp_size": 3, "compile": True}))
+    args = parse_with_file(parser, ["--tp_size", "4", "--config", str(file)])
+    assert args.tp_size == 4, f"--tp_size is {args.tp_size}; what was typed, 4, should win"
+    assert args.dp_size == 3 and args.compile, "the flags of the file are not there"
+    flags = {"tp_size": 4, "dp_size": 3, "compile": True}
+    assert args.flags == flags, f"args.flags is {args.flags}, not {flags}"
+    write_config(SimpleNamespace(checkpoint_dir=str(folder), flags=flags))
+    assert json.loads((folder / "config.json").read_text()) == flags
+    file.write_text('{"tp_sise": 2}')
+    refused(lambda: parse_with_file(parser, ["--config", str(file)]), "--config", "tp_sise")
+
+
+def metrics_up_to(folder):
+    import torch
+
+    import metrics_file
+    from metrics import Metrics
+
+    path, lines = folder / "metrics.json", [f'{{"step": {step}, "loss": 1.0}}\n' for step in (1, 2)]
+    path.write_text("".join(lines) + '{"step": 3, "lo')
+    for step, kept in ((0, 0), (1, 1), (2, 2), (3, 2)):
+        found, due = metrics_file.bytes_up_to(path, step), len("".join(lines[:kept]))
+        assert found == due, f"bytes_up_to(…, {step}) is {found}; {kept} whole lines have {due}"
+    args = SimpleNamespace(metrics_file=str(path), use_wandb=False, flags={}, tokens_per_step=7)
+    reports = Metrics(args, torch.device("cpu"), 1.0, 1)
+    reports.open(1)
+    assert reports.tokens == 7, "a run that goes on from step 1 has trained on its tokens"
+    reports.close()
+    assert path.read_text() == lines[0], "the lines after the step that is gone on from should go"
+    before = reports.clock
+    with reports.paused():
+        time.sleep(0.05)
+    assert reports.clock >= before + 0.05, (
+        "paused should move the clock on by the time that it took"
+    )
+    assert not metrics_file.same_flags({"tp_size": 1}, {"tp_size": 2})
+    assert metrics_file.same_flags({"resume": "auto"}, {"resume": None}), "resume may differ"
+
+
+# --- 7., 8. a directory ---------------------------------------------------------------------------
+
+
+def written(folder, step, run=None):
+    """Write a checkpoint with one file, as a save does."""
+    import run_directory as rd
+
+    aside = Path(folder) / rd.begin(folder, step)
+    (aside / "0.safetensors").write_bytes(b"numbers")
+    about = dict.fromkeys(rd.KEYS) | {"step": step, "run": run or rd.run_id(folder)}
+    about |= {"files": {"0.safetensors": {"bytes": 7}}, "others": {}}
+    rd.write_about(aside, about)
+    rd.complete(aside, Path(folder), step)
+    return Path(folder) / f"step_{step:08d}"
+
+
+def complete_or_absent(folder):
+    import run_directory as rd
+
+    name = rd.begin(folder, 2)
+    assert rd.HIDDEN.fullmatch(name), f"begin makes {name}; its name should be hidden"
+    assert rd.checkpoints(folder) == [], "a directory that is being written is no checkpoint yet"
+    other = folder / ".step_00000002-mine"
+    other.mkdir()
+    one, two = written(folder, 2, "0" * 16), written(folder, 4, "0" * 16)
+    left = [path.name for path in folder.glob(".step_*")]
+    assert left == [other.name], f"of hidden directories {left} are left; only {other.name} should"
+    assert rd.checkpoints(folder) == [one, two], "checkpoints should be sorted by step"
+    assert rd.read_about("--resume", two)["step"] == 4
+    text = (two / "checkpoint.json").read_text()
+    for changed in (text.replace('"step": 4', '"step": 5'), text[:-9], "", "[1]"):
+        (two / "checkpoint.json").write_text(changed)
+        refused(lambda: rd.read_about("--resume", two), "--resume", "damaged")
+    (two / "checkpoint.json").write_text(text)
+    (two / "0.safetensors").write_bytes(b"numb")
+    refused(lambda: rd.read_about("--resume", two), "0.safetensors has 4 of 7 bytes")
+    with notes(rd) as said:
+        path, about = rd.newest_sound("--resume auto:", rd.checkpoints(folder))
+    assert path == one and about["step"] == 2, "an older, whole checkpoint should be taken"
+    assert len(said) == 1, f"the damaged one should be named in one note; notes: {said}"
+    assert rd.newest_sound("", []) == (None, None)
+    with notes(rd):
+        written(folder, 4, "0" * 16)
+    assert (folder / "step_00000004.damaged1").is_dir(), "the damaged one should stay, renamed"
+
+
+@contextlib.contextmanager
+def notes(module):
+    said, real = [], module.note
+    module.note = said.append
+    try:
+        yield said
+    finally:
+        module.note = real
+
+
+def whose(folder):
+    import run_directory as rd
+
+    here, elsewhere = folder / "here", folder / "elsewhere"
+    for place in (here, elsewhere):
+        place.mkdir()
+    mine = [written(here, step) for step in (2, 4, 6, 8)]
+    foreign = shutil.copytree(written(elsewhere, 1), here / "step_00000001")
+    shutil.copytree(mine[0], here / "step_00000002_good")
+    archive = shutil.move(mine[1], folder / "archive")
+    mine[1].symlink_to(archive)
+    found = [path.name for path in rd.own(here)]
+    assert found == [path.name for path in mine], f"own finds {found}: only what has our run's id"
+    rd.keep(here, 2)
+    there = sorted(path.name for path in here.iterdir() if path.name[0] != ".")
+    due = [foreign.name, "step_00000002_good", *(path.name for path in mine[2:])]
+    assert there == due, f"after keep(…, 2) there are {there}; {due} should be"
+    assert (archive / "checkpoint.json").exists(), "of a link only the link may be deleted"
+    assert rd.write_tokenizer("bytes", here) == {}, "the tokenizer `bytes` has no files"
+
+
+# --- 9. the lock ----------------------------------------------------------------------------------
+
+
+def locks(folder):
+    import lock
+
+    first, second = lock.Lock(folder), lock.Lock(folder)
+    first.take()
+    error = refused(second.take, "--checkpoint_dir", f"process {os.getpid()}", "writes there")
+    assert "\n" not in str(error)
+    first.check()
+    first.release()
+    assert not first.path.exists(), "release should delete the lock"
+    first.path.write_text(json.dumps({**first.own, "started": "1"}))  # its number is another's now
+    begin = time.monotonic()
+    second.take()
+    assert time.monotonic() - begin < 5, "the lock of a process that is gone should be free at once"
+    second.path.write_text('{"host": "elsewhere", "process": 7}')
+    refused(second.check, "process 7 on elsewhere")
+    second.release()
+    assert second.path.exists(), "release should not delete the lock of somebody else"
+    lock.SILENT, silent = 0.3, lock.SILENT
+    with notes(lock) as said:
+        first.take()
+    lock.SILENT = silent
+    assert len(said) == 1, "a lock of another host: one note that the run waits for a sign of life"
+    first.release()
+    main = lock.alone(lambda args: args.lock.path.exists())
+    args = SimpleNamespace(checkpoint_dir=str(folder), lock=None, found=[])
+    assert main(args) and not args.lock.path.exists(), "alone holds the lock while main runs"
+    args.found = ["step_00000002"]
+    refused(lambda: main(args), "another run has just written there")

@@ -1,0 +1,161 @@
+"""The milestones of step 9: a run's directory, checkpoints, models, chunks, and the whole run."""
+
+import pytest
+import step9_checkpoints as checkpoints
+import step9_models as models
+import step9_runs as runs
+import workers_trainer
+from harness import assemble, assert_close
+from same import SMALL, same_step
+
+pytestmark = pytest.mark.usefixtures("worlds")
+SOON = {"timeout": 30}  # seconds after which ranks that wait for each other are ended
+
+
+@pytest.mark.milestone(9, 1)
+@pytest.mark.parametrize("size", [2, 3])
+def test_all_ranks_learn_of_results_and_errors(step_dir, worlds, size):
+    worlds(step_dir, size).run(runs.all_ranks_learn, **SOON)
+
+
+@pytest.mark.milestone(9, 2)
+@pytest.mark.parametrize("check", [runs.config_files, runs.metrics_up_to])
+def test_what_a_run_leaves(step_dir, worlds, tmp_path, check):
+    worlds(step_dir, 1).run(check, tmp_path)
+
+
+@pytest.mark.milestone(9, 3)
+def test_layers_by_cost_in_chunks(step_dir, worlds):
+    worlds(step_dir, 1).run(models.dealt)
+    worlds(step_dir, 2).run(models.chunked)
+    worlds(step_dir, 3).run(models.chunked)
+
+
+@pytest.mark.milestone(9, 4)
+def test_the_plan(step_dir, worlds):
+    worlds(step_dir, 1).run(models.plans)
+
+
+@pytest.mark.milestone(9, 5)
+@pytest.mark.parametrize("size, rounds", [(2, 2), (3, 1)])
+def test_chunks_that_follow_the_plan(step_dir, worlds, size, rounds):
+    worlds(step_dir, size).run(models.interleaved, rounds, **SOON)
+
+
+@pytest.mark.milestone(9, 6)
+@pytest.mark.parametrize("check", [models.shared, models.switch])
+def test_one_cast_for_all_micro_batches(step_dir, worlds, check):
+    worlds(step_dir, 1).run(check)
+
+
+@pytest.mark.milestone(9, 7)
+def test_a_checkpoint_is_complete_or_absent(step_dir, worlds, tmp_path):
+    worlds(step_dir, 1).run(runs.complete_or_absent, tmp_path)
+
+
+@pytest.mark.milestone(9, 8)
+def test_only_what_is_our_own_is_deleted(step_dir, worlds, tmp_path):
+    worlds(step_dir, 1).run(runs.whose, tmp_path)
+
+
+@pytest.mark.milestone(9, 9)
+def test_one_run_writes_into_one_directory(step_dir, worlds, tmp_path):
+    worlds(step_dir, 1).run(runs.locks, tmp_path)
+
+
+@pytest.mark.milestone(9, 10)
+def test_rectangles_are_what_a_rank_holds(step_dir, worlds):
+    world = worlds(step_dir, 1)
+    for shape in ((7,), (3, 4)):
+        ((_, wrong),) = world.run(workers_trainer.wrong_rectangles, shape)
+        assert not wrong, (
+            f"of a tensor {shape} the rectangles of (held, piece) {wrong[0]} are wrong"
+        )
+    world.run(checkpoints.views)
+
+
+@pytest.mark.milestone(9, 11)
+def test_what_two_ranks_write_three_read(step_dir, worlds, tmp_path):
+    first, second = worlds(step_dir, 2).run(checkpoints.write_rows, tmp_path, **SOON)
+    assert first == second, "write_tensors should return the files of all ranks, on every rank"
+    worlds(step_dir, 3).run(checkpoints.read_rows, tmp_path, first, **SOON)
+    worlds(step_dir, 1).run(checkpoints.damaged, tmp_path, first)
+
+
+def run_of(worlds, step_dir, size, *args):
+    """(numbers of the steps, full weights) of a run on so many ranks."""
+    ranks = worlds(step_dir, size).run(checkpoints.trained, *args, **SOON)
+    return ranks[0][0], assemble([held for _, held in ranks])
+
+
+ROUTE = (
+    ("--tp_size 2", "--dp_size 2 --dp_engine zero1 --micro_batch_size 1"),
+    ("--dp_size 2 --dp_engine zero3 --micro_batch_size 1", "--pp_size 2"),
+)
+
+
+@pytest.mark.milestone(9, 12)
+def test_a_run_goes_on_on_another_layout(step_dir, worlds, tmp_path):
+    numbers, weights = run_of(worlds, step_dir, 1, "", 3)
+    for place, (before, after) in enumerate(ROUTE):
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        first, _ = run_of(worlds, step_dir, 2, before, 2, folder)
+        resume = folder / "step_00000002"
+        rest, final = run_of(worlds, step_dir, 2, after, 3, None, resume)
+        found = first + rest
+        assert found == [pytest.approx(step, rel=1e-10) for step in numbers], (
+            f"{before}, then {after}: step, loss and gradient norm are {found}; without a stop "
+            f"{numbers}. If only step 3 is wrong: the averages, the step's number, or finish_update"
+        )
+        assert_close(weights, final, f"{before}, then {after}: the weight")
+
+
+@pytest.mark.milestone(9, 12)
+def test_what_makes_a_run_the_same(step_dir, worlds, tmp_path):
+    worlds(step_dir, 1).run(checkpoints.what_is_the_same, tmp_path)
+
+
+@pytest.mark.milestone(9, 13)
+def test_models_that_others_open(step_dir, worlds, tmp_path):
+    worlds(step_dir, 2).run(models.exported, tmp_path / "hf", timeout=60)
+    worlds(step_dir, 1).run(models.failing_export, tmp_path / "other")
+
+
+@pytest.mark.milestone(9, 14)
+def test_text(step_dir, worlds):
+    (alone,) = worlds(step_dir, 1).run(models.text)
+    found = worlds(step_dir, 2).run(models.text, **SOON)
+    assert found == [alone] * 2, f"two tp ranks draw {found}; one process draws {alone}"
+    worlds(step_dir, 1).run(models.draws)
+
+
+@pytest.mark.milestone(9, 15)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--pp_size 2 --pp_engine interleaved --pp_chunks 2 --gradient_accumulation_steps 2",
+        "--tp_size 2 --gradient_accumulation_steps 2",
+    ],
+)
+def test_a_step_is_that_of_one_process(step_dir, train_on, flags):
+    shape = "--num_hidden_layers 4 --gradient_accumulation_steps 2"
+    same_step(step_dir, train_on, 2, f"--num_hidden_layers 4 {flags}", one=shape)
+
+
+@pytest.mark.milestone(9, 15)
+def test_a_run_that_is_stopped_goes_on(step_dir, worlds, tmp_path):
+    argv = SMALL + "--max_tokens 128 "  # four steps
+    reference, _ = worlds(step_dir, 1).run(workers_trainer.train_and_save, argv)[0]
+    argv += f"--checkpoint_dir {tmp_path / 'run'} "
+    found = worlds(step_dir, 2).run(
+        workers_trainer.asked_to_stop, argv + "--tp_size 2", 1, 2, **SOON
+    )
+    due = [(2, False, True), (2, True, True)]
+    assert found == due, (
+        f"after a signal to rank 1 in step 2 the ranks have (step, asked, stop) {found}, not {due}"
+    )
+    assert (tmp_path / "run" / "RESUME").read_text() == "step_00000002\n"
+    argv += "--resume auto --pp_size 2"
+    for numbers, _ in worlds(step_dir, 2).run(workers_trainer.train_and_save, argv, **SOON):
+        assert [n[:3] for n in numbers] == [pytest.approx(n[:3], rel=1e-10) for n in reference[2:]]
