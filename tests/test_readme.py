@@ -17,19 +17,27 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("[!.]*/*.md")])
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_a_page_points_to_is_there(path):
-    text = path.read_text()
+    text = without_code(path.read_text())
     for target, section in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
         there = path.parent / target if target else path
-        assert there.exists(), target
-        assert not section or section in sections_of(there), (target, section)
+        assert there.exists(), f"{target} is not there"
+        if section and there.suffix == ".py":  # lines, which lessons.py has put there
+            first, last = map(int, re.fullmatch(r"L(\d+)-L(\d+)", section).groups())
+            assert 0 < first <= last <= len(there.read_text().splitlines()), f"{target}#{section}"
+        elif section:
+            assert section in sections_of(there), f"{target} has no section #{section}"
     for name in re.findall(r"`((?:tests|assets|step\d)[\w/]*\.\w+)`", text):
         assert (ROOT / name).exists() or (path.parent / name).exists(), name
 
 
+def without_code(text):
+    """Or comments of commands would be headings, and calls links."""
+    return re.sub(r"^ *```.*?^ *```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
 def sections_of(path):
     """What a link may name behind `#`: headings in small letters, with hyphens for spaces."""
-    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
-    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)  # and no comments of commands
+    headings = re.findall(r"^#+ (.+)$", without_code(path.read_text()), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
