@@ -27,7 +27,8 @@ def folder_of(files):
 CHOICES = [
     ("b.txt a.TXT c/d.txt.gz", "texts", "a.TXT b.txt c/d.txt.gz", "", ""),
     ("a.jsonl b.json", "JSON", "a.jsonl b.json", "", ""),
-    ("a.txt README.md .b.txt", "texts", "a.txt", "", "left out"),
+    ("a.txt README.md", "texts", "a.txt", "", "of another kind (README.md)"),
+    ("a.txt .b.txt", "texts", "a.txt", "", "hidden (.b.txt)"),
     ("train.txt val.txt test.txt", "texts", "train.txt", "val.txt", "held out 1"),
     ("Train-1.txt dev.txt x.txt", "texts", "Train-1.txt", "dev.txt", "named for no split"),
     ("train/a.txt validation/b.txt", "texts", "train/a.txt", "validation/b.txt", "held out 1"),
@@ -140,7 +141,7 @@ def sliced():
     import texts
 
     with patch.object(texts, "SLICE", 10), patch.object(texts, "LONGEST_SLICE", 20):
-        pieces = [("to be or not ", False), ("to\0 be", True), ("", True), ("x" * 50, True)]
+        pieces = [("to be or not ", False), ("to\0 be", True), ("", True), ("x" * 50 + " y", True)]
         found = list(texts.slices(pieces))
     whole, rest = [], ""
     for text, ends in found:
@@ -148,7 +149,7 @@ def sliced():
         if ends:
             whole.append(rest)
             rest = ""
-    assert whole == ["to be or not to be", "", "x" * 50], (
+    assert whole == ["to be or not to be", "", "x" * 50 + " y"], (
         f"the slices put together are {whole}; nothing may be lost but NULs, and each document "
         "must end once"
     )
@@ -297,9 +298,12 @@ def tokens_of_texts():
 
 
 def many_processes():
+    import corpus
+
     rows = [text * 50 for text in TEXTS] * 60
     lines = "\n".join(json.dumps({"text": row}) for row in rows)
-    tokens, _, _ = load(folder_of({"a.jsonl": lines}), "--num_proc", "2")
+    with patch.object(corpus, "BATCH", 2**12):  # so that there are many
+        tokens, _, _ = load(folder_of({"a.jsonl": lines}), "--num_proc", "2")
     assert as_bytes(tokens) == b"".join(row.encode() + b"\0" for row in rows), (
         "with --num_proc 2 the tokens are others; results must come in the order of the text"
     )
