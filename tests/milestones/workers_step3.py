@@ -115,7 +115,7 @@ def starts(micro_batches):
     found = []
     for tokens, targets, positions in micro_batches:
         same(positions, torch.arange(10), "the positions", "0 to seq_len - 1")
-        same(targets, tokens + 1, "the targets", "the token after each token (here one more)")
+        same(targets, tokens + 1, "the tensor of targets", "the token after each token, here + 1")
         found += (tokens[:, 0] // 10).tolist()
     return found
 
@@ -170,11 +170,12 @@ def splits():
             )
     data = batches(micro_batch_size=2, gradient_accumulation_steps=4)
     starts(data.micro_batches(0))
-    next(data.micro_batches(1))
-    assert starts(data.micro_batches(1)) == in_order[1], (
-        "a step whose first micro-batch was read already, and which is then begun again, lacks "
-        "windows: begin it anew"
-    )
+    for step in (1, 2):
+        next(data.micro_batches(1))
+        assert starts(data.micro_batches(step)) == in_order[step], (
+            f"step {step} has other windows where only the first micro-batch of step 1 was read "
+            "before it: after a step that was left half read, the loader must start anew"
+        )
 
 
 def ahead():
@@ -251,12 +252,12 @@ def mean(sizes):
     sums = [model(*part).detach() for part in parts]
     gradients = [torch.autograd.grad(model(*part), weight)[0] for part in parts]
     found = train.mean_loss(state_of(model), iter(parts), sum(counts), True)
+    assert found.dtype == torch.float64, f"the loss is {found.dtype}; add it up in float64"
     due = "the sum over all micro-batches, divided by the number of targets of all of them"
     for what, one, each in (("gradient", weight.grad, gradients), ("loss", found, sums)):
         hint = usual_mistake(one, each, counts) if one is not None else ""
-        named = f"the {what} of micro-batches of {' and '.join(map(str, counts))} targets"
+        named = f"the {what} of micro-batches of {', '.join(map(str, counts))} targets"
         same(one, sum(each) / sum(counts), named, due + hint)
-    assert found.dtype == torch.float64, f"the loss is {found.dtype}; add it up in float64"
     assert not found.requires_grad, "the loss still carries autograd's graph: detach each part"
     weight.grad = None
     again = train.mean_loss(state_of(model), iter(parts), sum(counts), False)

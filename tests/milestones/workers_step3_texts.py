@@ -27,7 +27,8 @@ def folder_of(files):
 CHOICES = [
     ("b.txt a.TXT c/d.txt.gz", "texts", "a.TXT b.txt c/d.txt.gz", "", ""),
     ("a.jsonl b.json", "JSON", "a.jsonl b.json", "", ""),
-    ("a.txt README.md .b.txt", "texts", "a.txt", "", "left out"),
+    ("a.txt README.md", "texts", "a.txt", "", "of another kind (README.md)"),
+    ("a.txt .b.txt", "texts", "a.txt", "", "hidden (.b.txt)"),
     ("train.txt val.txt test.txt", "texts", "train.txt", "val.txt", "held out 1"),
     ("Train-1.txt dev.txt x.txt", "texts", "Train-1.txt", "dev.txt", "named for no split"),
     ("train/a.txt validation/b.txt", "texts", "train/a.txt", "validation/b.txt", "held out 1"),
@@ -139,8 +140,8 @@ def readers():
 def sliced():
     import texts
 
-    with patch.object(texts, "SLICE", 8), patch.object(texts, "LONGEST_SLICE", 20):
-        pieces = [("to be or not ", False), ("to\0 be", True), ("", True), ("x" * 50, True)]
+    with patch.object(texts, "SLICE", 10), patch.object(texts, "LONGEST_SLICE", 20):
+        pieces = [("to be or not ", False), ("to\0 be", True), ("", True), ("x" * 50 + " y", True)]
         found = list(texts.slices(pieces))
     whole, rest = [], ""
     for text, ends in found:
@@ -148,14 +149,15 @@ def sliced():
         if ends:
             whole.append(rest)
             rest = ""
-    assert whole == ["to be or not to be", "", "x" * 50], (
+    assert whole == ["to be or not to be", "", "x" * 50 + " y"], (
         f"the slices put together are {whole}; nothing may be lost but NULs, and each document "
         "must end once"
     )
     longest = max(len(text) for text, _ in found)
     assert longest <= 20, f"a slice has {longest} characters, over LONGEST_SLICE, 20"
-    assert found[0] == ("to be or", False), (
-        f"the first slice is {found[0]}; a cut is before the first space from SLICE characters on"
+    assert found[:2] == [("to be or not", False), (" to be", True)], (
+        f"“to be or not to be” is cut into {found[:2]} for a SLICE of 10; the cut should be before "
+        "the first space from there on, or a tokenizer that splits at spaces gives other tokens"
     )
 
 
@@ -296,9 +298,12 @@ def tokens_of_texts():
 
 
 def many_processes():
+    import corpus
+
     rows = [text * 50 for text in TEXTS] * 60
     lines = "\n".join(json.dumps({"text": row}) for row in rows)
-    tokens, _, _ = load(folder_of({"a.jsonl": lines}), "--num_proc", "2")
+    with patch.object(corpus, "BATCH", 2**12):  # so that there are many
+        tokens, _, _ = load(folder_of({"a.jsonl": lines}), "--num_proc", "2")
     assert as_bytes(tokens) == b"".join(row.encode() + b"\0" for row in rows), (
         "with --num_proc 2 the tokens are others; results must come in the order of the text"
     )
