@@ -145,8 +145,8 @@ class Stage:
     def backward(self, grad):
         """The oldest micro-batch alive backward: the gradient of its output to that of its input.
 
-        So the gradients of weights are added in the order of a run without a pipeline. The last
-        stage has no gradient to give, None; the first one returns None.
+        So the gradients of weights are added in the order of a run without a pipeline. On the last
+        stage grad is None, as its output is the loss; the first stage returns None.
         """
         x, edge = self.alive.popleft()
         self.went_backward += 1
