@@ -25,6 +25,7 @@ def seconds_of(argv, rounds):
     """[(seconds to save, seconds to load)] of some rounds, and the bytes of a checkpoint."""
     import checkpoint
     import process_group as pg
+    import run_directory
 
     state = workers_setup.build(argv)
     world, found = state.mesh.world, []
@@ -33,6 +34,8 @@ def seconds_of(argv, rounds):
         state.step, times = step, []
         state.args.resume = directory / f"step_{step:08d}"
         for act in (checkpoint.save, checkpoint.load):
+            if act is checkpoint.load:
+                state.args.resumed = run_directory.read_about("--resume", state.args.resume)
             pg.dist.barrier()
             begun = time.perf_counter()
             act(state)

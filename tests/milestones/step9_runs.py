@@ -125,7 +125,7 @@ def metrics_up_to(folder):
     from metrics import Metrics
 
     path, lines = folder / "metrics.json", [f'{{"step": {step}, "loss": 1.0}}\n' for step in (1, 2)]
-    path.write_text("".join(lines) + '{"step": 3, "lo')
+    path.write_text("".join(lines) + '{"step": 3, "loss": 1.0}')  # without its end of line
     for step, kept in ((0, 0), (1, 1), (2, 2), (3, 2)):
         found, due = metrics_file.bytes_up_to(path, step), len("".join(lines[:kept]))
         assert found == due, f"bytes_up_to(…, {step}) is {found}; {kept} whole lines have {due}"
