@@ -72,9 +72,13 @@ def test_every_rank_finds_its_groups(run, sizes):
             assert ranks == due, f"group{names} {where} is {ranks}; it should be {due}"
             assert place == due.index(rank), f"the place {where} in group{names} is {place}"
             ring = due[(place + 1) % len(due)], due[place - 1]
-            assert (after, before) == ring, f"next and previous {where} are {(after, before)}"
+            assert (after, before) == ring, (
+                f"next and previous {where} are {(after, before)}; they should be {ring}"
+            )
             ends = place == 0, place == len(due) - 1
-            assert (first, last) == ends, f"is_first, is_last {where} are {(first, last)}"
+            assert (first, last) == ends, (
+                f"is_first and is_last {where} are {(first, last)}; they should be {ends}"
+            )
         rows = [row.split("|")[1].split() for row in text.splitlines()[1:]]
         assert sum(rows, []) == [str(r) for r in range(count)], f"str(mesh) is {text}"
         assert len(rows) == count // sizes.get("tp", 1), f"a row for each tp group, not {text}"
@@ -139,7 +143,8 @@ def test_replicas_train_like_one_process(step_dir, train_on, size):
 
 @pytest.mark.milestone(2, 6)
 def test_one_rank_reports(step_dir):
-    result = launch(step_dir, "--max_tokens 1024 --device cpu --comm_ledger", ranks=2)
+    flags = SMALL.replace("--dataset_name random ", "").replace("4096", "64")
+    result = launch(step_dir, flags + "--device cpu --comm_ledger", ranks=2)
     assert result.code == 0, f"torchrun train.py ends with {result.code}: {result.errors}"
     steps = [line["step"] for line in result.metrics]
     assert steps == [1, 2], f"the metrics file has the steps {steps}; one rank writes it: [1, 2]"

@@ -126,7 +126,7 @@ def collectives():
         out, work = pg.all_gather(mine(size, 2), group, async_op=True)
         work.wait()
         same(out, due, "all_gather with async_op", "all parts, in order of rank")
-        due, meaning = total[rank : rank + 1], "row r of the sum, on rank r"
+        due, meaning = total[rank : rank + 1], "row r of the sum (no mean), on rank r"
         same(pg.reduce_scatter(mine(size, 2), group), due, "reduce_scatter", meaning)
         out, work = pg.reduce_scatter(mine(size, 2), group, async_op=True)
         work.wait()
@@ -190,7 +190,9 @@ def first_works():
 
     found = pg.from_first(group, make)
     assert found == {"made by": 0}, f"from_first returns {found} on rank {rank}"
-    assert calls == ([0] if rank == 0 else []), f"rank {rank} called make {len(calls)} times"
+    assert calls == ([0] if rank == 0 else []), (
+        f"rank {rank} called make {len(calls)} times; only rank 0 calls it, once"
+    )
 
     def fail():
         raise UserError("no such file")
