@@ -111,7 +111,7 @@ class ColumnParallel(torch.autograd.Function):
 
 
 def part(weight, dim, group):
-    """This rank's part of a meta weight along a dim; with a remainder, parts differ by one."""
+    """This rank's part of a meta weight along a dim; parts of a vocabulary may differ by one."""
     start, stop = (weight.shape[dim] * rank // group.size for rank in (group.rank, group.rank + 1))
     held = tuple(slice(start, stop) if i == dim else s for i, s in enumerate(weight.held))
     own = nn.Parameter(weight.detach()[held])
@@ -137,7 +137,10 @@ def communicate(function, x, group):
 
 
 class ColumnParallelLinear(nn.Module):
-    """A linear layer cut by output features: [..., in] -> [..., out / tp]."""
+    """A linear layer cut by output features: [..., in] -> [..., out / tp].
+
+    The name is Megatron-LM's, which stores W as [in, out]: its columns are our rows.
+    """
 
     def __init__(self, linear, group, sequence_parallel):
         super().__init__()
@@ -246,10 +249,10 @@ def apply_tensor_parallel(model, group, sequence_parallel=False):
                 if name in PLAN and (sequence_parallel or PLAN[name] is not SequenceParallelNorm):
                     setattr(parent, name, PLAN[name](child, group, sequence_parallel))
             if hasattr(parent, "project"):  # attention and MLP
-                parent.project = project
+                parent.project = project  # instead of that of model.py
         if model.model.config.tie_word_embeddings:  # one weight again, and not two equal parts
             model.lm_head.weight = model.model.embed_tokens.weight
-        held = model.lm_head.weight.held[0]
+        held = model.lm_head.weight.held[0]  # the symbols whose logits this rank computes
         model.cross_entropy = functools.partial(cross_entropy, held=held, group=group)
     for weight in model.parameters():
         weight.counted = group.is_first or weight.shape != weight.full_shape
