@@ -22,7 +22,8 @@ from rms_norm import rms_norm
 
 # Between the blocks x is [batch, seq, hidden] on every rank, or with sequence parallelism
 # [batch, seq / tp, hidden]. Nothing there mixes tokens, so it does not matter which of them a rank
-# has. The batch is cut as it lies in memory: neither cutting nor joining copies anything.
+# has. The batch is cut as it lies in memory, so neither cutting nor joining copies anything. The
+# collectives cut and join along dim 0.
 def cut(x, group):
     """View x as the parts of all ranks: [batch, seq, hidden] -> [tp * batch, seq / tp, hidden]."""
     return x.view(group.size * x.shape[0], x.shape[1] // group.size, x.shape[2])
@@ -56,6 +57,7 @@ class ReduceScatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        # A gradient may be a view with gaps; a message needs its numbers side by side in memory.
         return joined(pg.all_gather(grad.contiguous(), ctx.group), ctx.group), None
 
 
@@ -65,7 +67,7 @@ class SumGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, group):
         ctx.group = group
-        return weight.view_as(weight)
+        return weight.view_as(weight)  # a tensor of its own, to which autograd ties `backward`
 
     @staticmethod
     def backward(ctx, grad):
@@ -90,7 +92,7 @@ class ColumnParallel(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):  # each [batch, seq, out / tp]
         x, *weights = ctx.saved_tensors
-        if ctx.sequence_parallel:  # travels while the next products are computed
+        if ctx.sequence_parallel:  # x of all tokens travels while the next products are computed
             x, gathered = pg.all_gather(x, ctx.group, async_op=True)
         # This rank's share of a sum over the ranks: it has only some rows of each weight.
         grad_x = grads[0] @ weights[0].to(grads[0].dtype)  # [batch, seq, in]
@@ -109,15 +111,15 @@ class ColumnParallel(torch.autograd.Function):
 
 
 def part(weight, dim, group):
-    """This rank's part of a meta weight along a dim; with a remainder, parts differ by one."""
+    """This rank's part of a meta weight along a dim; parts of a vocabulary may differ by one."""
     start, stop = (weight.shape[dim] * rank // group.size for rank in (group.rank, group.rank + 1))
     held = tuple(slice(start, stop) if i == dim else s for i, s in enumerate(weight.held))
-    share = nn.Parameter(weight.detach()[held])
-    share.__dict__.update(weight.__dict__, held=held)
-    return share
+    own = nn.Parameter(weight.detach()[held])
+    own.__dict__.update(weight.__dict__, held=held)  # the other tags stay those of the full weight
+    return own
 
 
-# Hidden from `--compile`, which can neither overlap nor count a collective.
+# Hidden from `--compile`: it would undo the overlap, and hide the collective from the ledger.
 @torch.compiler.disable
 def project(x, *linears):
     """Apply several ColumnParallelLinear to the same x: a tuple of their outputs.
@@ -135,7 +137,10 @@ def communicate(function, x, group):
 
 
 class ColumnParallelLinear(nn.Module):
-    """A linear layer cut by output features: [..., in] -> [..., out / tp]."""
+    """A linear layer cut by output features: [..., in] -> [..., out / tp].
+
+    The name is Megatron-LM's, which stores W as [in, out]: its columns are our rows.
+    """
 
     def __init__(self, linear, group, sequence_parallel):
         super().__init__()
@@ -175,6 +180,7 @@ class VocabularyParallelEmbedding(nn.Module):
 class SequenceParallelNorm(nn.Module):
     """An RMSNorm over this rank's tokens; the gradient of its weight is that of all tokens."""
 
+    # PLAN's classes all take the same arguments; for this one sequence_parallel is always true.
     def __init__(self, norm, group, sequence_parallel):
         super().__init__()
         self.weight, self.eps, self.group = norm.weight, norm.eps, group
@@ -200,13 +206,13 @@ class SumOfLosses(torch.autograd.Function):
     def forward(ctx, parts, group):
         every = pg.all_gather(parts[None], group)  # [tp, 2, batch, seq]
         log_sum = every[:, 0].logsumexp(0)  # [batch, seq]
-        ctx.save_for_backward((parts[0] - log_sum).exp())  # this rank's share of Σ exp(logits)
+        ctx.save_for_backward((parts[0] - log_sum).exp())  # this rank's fraction of Σ exp(logits)
         return (log_sum - every[:, 1].sum(0)).sum()
 
     @staticmethod
     def backward(ctx, grad):
-        (share,) = ctx.saved_tensors
-        return torch.stack([share, -torch.ones_like(share)]) * grad, None
+        (fraction,) = ctx.saved_tensors
+        return torch.stack([fraction, -torch.ones_like(fraction)]) * grad, None
 
 
 def cross_entropy(logits, targets, held, group):
@@ -242,11 +248,11 @@ def apply_tensor_parallel(model, group, sequence_parallel=False):
             for name, child in list(parent.named_children()):
                 if name in PLAN and (sequence_parallel or PLAN[name] is not SequenceParallelNorm):
                     setattr(parent, name, PLAN[name](child, group, sequence_parallel))
-            if hasattr(parent, "project"):
-                parent.project = project
-        if model.model.config.tie_word_embeddings:
+            if hasattr(parent, "project"):  # attention and MLP
+                parent.project = project  # instead of that of model.py
+        if model.model.config.tie_word_embeddings:  # one weight again, and not two equal parts
             model.lm_head.weight = model.model.embed_tokens.weight
-        held = model.lm_head.weight.held[0]
+        held = model.lm_head.weight.held[0]  # the symbols whose logits this rank computes
         model.cross_entropy = functools.partial(cross_entropy, held=held, group=group)
     for weight in model.parameters():
         weight.counted = group.is_first or weight.shape != weight.full_shape

@@ -68,14 +68,14 @@ def a_part_of_a_weight(dim):
 
     group, _ = setting()
     whole, call = weight_of(7, 6), f"part(weight, {dim}, group)"
-    share = part(whole, dim, group)
-    assert isinstance(share, torch.nn.Parameter), f"{call} should be an nn.Parameter"
-    held = getattr(share, "held", None)
+    own = part(whole, dim, group)
+    assert isinstance(own, torch.nn.Parameter), f"{call} should be an nn.Parameter"
+    held = getattr(own, "held", None)
     assert isinstance(held, tuple) and len(held) == 2, f"held is {held}; it should be 2 slices"
-    same(share, whole[held], call, f"weight[held], and held is {held}")
-    tags = getattr(share, "global_name", None), getattr(share, "full_shape", None)
+    same(own, whole[held], call, f"weight[held], and held is {held}")
+    tags = getattr(own, "global_name", None), getattr(own, "full_shape", None)
     assert tags == ("weight", (7, 6)), f"global_name and full_shape should stay, not be {tags}"
-    assert share.shape[1 - dim] == whole.shape[1 - dim], f"{call} cuts dim {1 - dim}: {held}"
+    assert own.shape[1 - dim] == whole.shape[1 - dim], f"{call} cuts dim {1 - dim}: {held}"
     return list(range(7)[held[dim]])
 
 
