@@ -63,7 +63,8 @@ class Efficient:
     @staticmethod
     def backward(grad, q, k, v, out, log_sum, causal):
         kv_heads = k.shape[1]
-        log_sum = torch.nn.functional.pad(log_sum, (0, -q.shape[2] % 32))
+        missing = (-q.shape[2]) % 32  # up to the next multiple of 32
+        log_sum = torch.nn.functional.pad(log_sum, (0, missing))
         none = torch.empty((), dtype=torch.int64, device=q.device)
         grad_q, grad_k, grad_v, _ = aten._scaled_dot_product_efficient_attention_backward(
             grad, q, *repeated(q, k, v), None, out, log_sum, none, none, 0.0,
@@ -73,7 +74,10 @@ class Efficient:
 
 
 class Plain:
-    """In plain PyTorch, for the rest, above all float64 on CUDA. Some rows of scores at a time."""
+    """In plain PyTorch, for what no fused kernel knows, above all float64 on CUDA.
+
+    It computes some rows of scores at a time.
+    """
 
     @staticmethod
     def forward(q, k, v, causal):
@@ -94,8 +98,8 @@ class Plain:
             scores, g = Plain.scores(q, k, rows, causal), grad[:, :, rows]
             p = (scores - log_sum[:, :, rows, None]).exp()  # [batch, heads, rows, keys]
             grad_v += p.mT @ g
-            grad_p = g @ v.mT - (g * out[:, :, rows]).sum(-1, keepdim=True)
-            grad_scores = p * grad_p * q.shape[-1] ** -0.5
+            mean = (g * out[:, :, rows]).sum(-1, keepdim=True)  # of the gradient of p
+            grad_scores = p * (g @ v.mT - mean) * q.shape[-1] ** -0.5
             grad_q[:, :, rows] = grad_scores @ k
             grad_k += grad_scores.mT @ q[:, :, rows]
         return grad_q, *summed(kv_heads, grad_k, grad_v)
@@ -104,7 +108,8 @@ class Plain:
     def row_slices(q, k):
         """Slices of the queries, so small that at most chunk x chunk scores exist at a time."""
         queries, keys = q.shape[2], k.shape[2]
-        # Our own block: two chunks of queries and of keys. Another one: two by one, or one by two.
+        # Queries and keys of a block: 2 x 2 chunks if it is our own, otherwise 2 x 1 or 1 x 2, as
+        # `attending` in context_parallel.py says.
         chunk = queries // 2 if queries == keys else min(queries, keys)
         size = max(1, chunk * chunk // keys)
         return [slice(start, start + size) for start in range(0, queries, size)]
@@ -112,7 +117,7 @@ class Plain:
     @staticmethod
     def scores(q, k, rows, causal):  # [batch, heads, rows, keys]
         scores = q[:, :, rows] @ k.mT * q.shape[-1] ** -0.5
-        if causal:
+        if causal:  # only in our own block: there query i and key i are of the same token
             row = torch.arange(q.shape[2], device=q.device)[rows, None]
             later = torch.arange(k.shape[2], device=q.device) > row
             scores = scores.masked_fill_(later, -torch.inf)

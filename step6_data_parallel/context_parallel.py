@@ -81,13 +81,16 @@ def finish(total, share, dtype):
 
 
 class Ring:
-    """The order in which blocks come to this rank, and the functions that work on each of them."""
+    """The order in which blocks come to this rank, and the functions that work on each of them.
+
+    backend: the value of `--compile`, None without it.
+    """
 
     def __init__(self, group, backend):
         self.group = group
         # The owners of the blocks, as places in the group: we, the rank before us, and so on.
         self.order = [(group.rank - step) % group.size for step in range(group.size)]
-        self.back = self.order[:0:-1]  # backward: the others in the reverse order
+        self.back = self.order[:0:-1]  # backward: from the last one to index 1, without our own
         functions = merge, add, finish
         if backend is not None:  # compiled, each is one pass over memory
             functions = [torch.compile(f, backend=backend, dynamic=False) for f in functions]
@@ -106,7 +109,7 @@ class Ring:
         # The giver: rank - (source - rank), as far before us as `source` is after us.
         group, giver = self.group, (2 * self.group.rank - source) % self.group.size
         columns = attending(giver, group.rank, chunk)[1]
-        keys = len(range(2 * chunk)[columns])
+        keys = len(range(2 * chunk)[columns])  # how many keys this slice has
         arriving = share.new_empty(*share.shape[:2], keys, *share.shape[3:])
         to, by = group.ranks[source], group.ranks[giver]
         return columns, arriving, pg.exchange(group, [(share, to)], [(arriving, by)]), share
@@ -124,8 +127,8 @@ class RingAttention(torch.autograd.Function):
     q: [batch, heads, seq / cp, head_dim]; kv: keys and values, [2, batch, seq / cp, kv_heads,
     head_dim]. Forward, kv travels round the ring. Backward, the blocks come again in the reverse
     order, so the ring turns the other way. With each block a rank computes a share of the block's
-    gradients, and sends it straight to the rank that owns the block. A rank's own block comes last:
-    while the rank computes with it, the last message is on its way.
+    gradients, and sends it straight to the rank that owns the block. It ends with its own block:
+    while it computes with that, the last message is on its way.
     """
 
     @staticmethod
@@ -141,7 +144,7 @@ class RingAttention(torch.autograd.Function):
             else:
                 ring.merge(out[:, :, rows], log_sum[:, :, rows], *part)
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, kv, block, out, log_sum)  # block: the one that came last
+        ctx.save_for_backward(q, kv, block, out, log_sum)  # block: the one of the last step
         ctx.ring = ring
         return out
 
@@ -183,7 +186,7 @@ class RingAttention(torch.autograd.Function):
 def apply_context_parallel(model, group, backend=None):
     """Let attention go round the ring of a group. A group of one keeps its kernel.
 
-    backend: of `torch.compile`, for what merges and adds blocks; None: they are not compiled.
+    backend: the value of `--compile`; with None, what merges and adds blocks is not compiled.
     """
     if group.size == 1:
         return
