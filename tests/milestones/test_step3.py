@@ -44,26 +44,26 @@ def test_the_sequences_of_a_step(step_dir, worlds, function):
 
 @pytest.mark.milestone(3, 3)
 @each(texts.chosen_files, texts.links)
-def test_which_files(step_dir, worlds, function):
-    worlds(step_dir, 1).run(function)
+def test_which_files(step_dir, worlds, function, tmp_path):
+    worlds(step_dir, 1).run(texts.within, tmp_path, function)
 
 
 @pytest.mark.milestone(3, 4)
 @each(texts.readers, texts.sliced)
-def test_texts_a_piece_at_a_time(step_dir, worlds, function):
-    worlds(step_dir, 1).run(function)
+def test_texts_a_piece_at_a_time(step_dir, worlds, function, tmp_path):
+    worlds(step_dir, 1).run(texts.within, tmp_path, function)
 
 
 @pytest.mark.milestone(3, 5)
 @each(texts.kept, texts.stopped)
-def test_complete_or_absent(step_dir, worlds, function):
-    worlds(step_dir, 1).run(function)
+def test_complete_or_absent(step_dir, worlds, function, tmp_path):
+    worlds(step_dir, 1).run(texts.within, tmp_path, function)
 
 
 @pytest.mark.milestone(3, 6)
 @each(texts.tokens_of_texts, texts.many_processes)
-def test_from_a_name_to_tokens(step_dir, cached, function):
-    cached(step_dir, 1).run(function)
+def test_from_a_name_to_tokens(step_dir, cached, function, tmp_path):
+    cached(step_dir, 1).run(texts.within, tmp_path, function)
 
 
 @pytest.mark.milestone(3, 6)

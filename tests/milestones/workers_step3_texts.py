@@ -12,6 +12,12 @@ import numpy as np
 from workers_step3 import refused
 
 
+def within(folder, function):
+    """Call a function whose temporary files lie in a folder."""
+    with patch.object(tempfile, "tempdir", str(folder)):
+        return function()
+
+
 def folder_of(files):
     """A new folder with these files, {name: text}."""
     top = Path(tempfile.mkdtemp())
