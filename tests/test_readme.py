@@ -62,6 +62,13 @@ def test_a_lesson_can_be_run(path):
 
 
 LESSONS = sorted(path for path in ROOT.glob("step*/*.md") if path.name != "COSTS.md")
+COSTS = sorted(ROOT.glob("step*/COSTS.md"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", COSTS, ids=lambda path: path.parent.name)
+def test_what_a_page_of_costs_shows_is_printed(path):
+    assert readme.run(path) == 0
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: f"{path.parent.name}/{path.name}")
