@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from traffic import predicted_traffic
 
 import process_group as pg
 from flags import DTYPES, parse_args
@@ -20,6 +19,7 @@ from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
 from started import together, world_size
+from traffic import predicted_traffic
 
 
 @dataclass

@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from traffic import predicted_traffic
 
 import process_group as pg
 from corpus import load_tokens
@@ -21,6 +20,7 @@ from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
 from started import together, world_size
+from traffic import predicted_traffic
 
 
 @dataclass

@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from traffic import predicted_traffic
 
 import process_group as pg
 from context_parallel import (
@@ -27,6 +26,7 @@ from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
 from started import together
 from tensor_parallel import apply_tensor_parallel
+from traffic import predicted_traffic
 
 
 @dataclass

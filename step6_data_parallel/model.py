@@ -10,10 +10,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from attention import causal_attention
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from attention import causal_attention
 from rms_norm import rms_norm
 
 

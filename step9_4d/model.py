@@ -10,11 +10,11 @@ import math
 
 import torch
 import torch.nn.functional as F
-from attention import causal_attention
 from torch import nn
 from torch._functorch import config as partitioner
 from torch.utils.checkpoint import checkpoint
 
+from attention import causal_attention
 from casts import cast_of
 from rms_norm import rms_norm
 

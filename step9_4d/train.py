@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from traffic import predicted_traffic
 
 import process_group as pg
 from casts import shared_casts
@@ -35,6 +34,7 @@ from pipeline_parallel import (
 )
 from started import together
 from tensor_parallel import apply_tensor_parallel
+from traffic import predicted_traffic
 from zero import data_parallel
 
 

@@ -14,7 +14,8 @@ import tempfile
 from collections import ChainMap
 from pathlib import Path
 
-README, COSTS = "README.md", "COSTS.md"  # every step's own
+README = "README.md"
+PAGE = ".md"  # every step has its own
 STEP = re.compile(r"step(\d+)_\w+")
 MARKER = re.compile(rb"^(<{7}|\|{7}|>{7})( |\r?$)", re.MULTILINE)
 WHOLE_FILE = "the whole file"
@@ -87,7 +88,8 @@ def find(tree: Tree, wanted: int) -> str:
 
 def lesson_files(*trees: Tree) -> set[str]:
     """Return the files of all steps but for those which are every step's own."""
-    return {file for tree in trees for step in tree.values() for file in step} - {README, COSTS}
+    files = {file for tree in trees for step in tree.values() for file in step}
+    return {file for file in files if not file.endswith(PAGE)}
 
 
 def python(files) -> list[str]:
@@ -258,7 +260,7 @@ def shape_problems(step: str, files: Step):
 
 def lesson_problems(step: str, old: Step, new: Step):
     """Print how much a step changes in the one before it, and yield what is wrong with that."""
-    shared = sorted((old.keys() & new.keys()) - {README, COSTS})
+    shared = sorted(lesson_files({step: old}) & lesson_files({step: new}))
     counts = {file: numstat(old[file], new[file]) for file in shared if old[file] != new[file]}
     counted = [
         counts[file] for file in python(counts) if file not in (FLAGS, TOPIC.get(number(step)))

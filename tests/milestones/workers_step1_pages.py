@@ -13,8 +13,9 @@ from workers_step1 import DERIVATIVE, array, config_of, numbers
 
 def attention(heads, kv_heads):
     """Compare causal_attention with NumPy's; the names of the operators that ran."""
-    from attention import causal_attention
     from torch.profiler import profile
+
+    from attention import causal_attention
 
     shapes = [(2, 5, heads, 4), (2, 5, kv_heads, 4), (2, 5, kv_heads, 4)]
     q, k, v = (numbers(*shape, start=i).requires_grad_() for i, shape in enumerate(shapes))
