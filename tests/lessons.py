@@ -306,7 +306,8 @@ def words(page):
     """The number of words of a page's prose: without code, comments and the table of changes."""
     text = TABLE.sub("", DIRECTIVE.sub("", page.read_text()))
     text = re.sub(r"^( *)```.*?^ *```", "", text, flags=re.M | re.S)
-    text = re.sub(r"<!--.*?-->|</?\w+>|\]\([^)]*\)", " ", text, flags=re.S)
+    labels = r"<summary>.*?</summary>|<!--.*?-->|</?\w+>|\]\([^)]*\)"
+    text = re.sub(labels, " ", text, flags=re.S)
     return len(re.findall(r"[^\s|]*\w[^\s|]*", text))
 
 
