@@ -145,10 +145,10 @@ class Bucketed(Naive):
 
         model: only the `cut` of zero3 needs it.
 
-        Each parameter outside of the layers has a bucket of its own. tp may cut a vocabulary
-        unevenly: what came after it in a bucket would lie at another place on each tp rank. At
-        another place numbers may be added in another order, and the copies of a norm, which all
-        tp ranks have, would drift apart by rounding.
+        Each parameter outside of the layers has a bucket of its own. tp (step 4) may cut a
+        vocabulary unevenly, say into 128 and 129 rows. Behind these in a bucket, the last norm
+        would begin at another place on each tp rank. The place decides in which order a ring adds
+        up, and another order rounds differently. So the norm's copies would drift apart.
         """
         inside = [p for p in self.parameters[::-1] if ".layers." in p.global_name]
         outside = [[p] for p in self.parameters if ".layers." not in p.global_name]
