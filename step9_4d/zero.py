@@ -149,7 +149,9 @@ class Zero3(Zero2):
         """Free the memory of gathered weights, but keep their tensors.
 
         The parameters, and what autograd saved of them, use the same storage: they find the
-        weights there again after the next `fetch`.
+        weights there again after the next `fetch`. Autograd refuses a saved tensor that was
+        written to since; it counts the writes. Here it does not: the parameters have a counter of
+        their own, and a gather writes to `bucket.weights`, which has another.
         """
         if bucket.gathering is not None:
             bucket.gathering.wait()
@@ -181,6 +183,8 @@ class Zero3(Zero2):
         self.fetch(bucket, ahead=bucket.before)
 
     def reduce(self, bucket):
+        # The weights are not needed any more: the backward pass of a linear layer computes the
+        # gradients of its input and of its weight together, before the hook runs.
         bucket.in_backward = False
         self.drop(bucket)
         return super().reduce(bucket)
