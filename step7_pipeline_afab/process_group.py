@@ -170,14 +170,14 @@ def all_reduce(x, group, op=ReduceOp.SUM, async_op=False):
 def all_gather(x, group, out=None, async_op=False):
     """Join the x of all ranks along dim 0: [n, ...] -> [size * n, ...].
 
-    Returns the result, in `out` if given, which x may be a part of; or with async_op (result,
-    handle).
+    Returns the result, or with async_op (result, handle). With `out`, the result is written there;
+    x may be a slice of it.
     """
     assert_contiguous("all_gather", x)
-    out, work = x if out is None else out, Done()
+    work = Done()
+    if out is None:
+        out = x if group.size == 1 else x.new_empty(group.size * x.shape[0], *x.shape[1:])
     if group.size > 1:
-        if out is x:
-            out = x.new_empty(group.size * x.shape[0], *x.shape[1:])
         record(group.axis, "all_gather", out.nbytes)
         work = gather_into(out, x, group=group.handle, async_op=async_op)
     return (out, work) if async_op else out

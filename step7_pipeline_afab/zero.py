@@ -63,7 +63,7 @@ class Zero1(Bucketed):
             handle.wait()
 
     def gather(self, bucket):
-        shard = bucket.shard.to(bucket.weights.dtype)
+        shard = bucket.shard.to(bucket.weights.dtype)  # another dtype in zero3 only
         out, handle = pg.all_gather(shard, self.group, out=bucket.weights, async_op=True)
         return handle
 
@@ -97,8 +97,10 @@ class Zero3(Zero2):
         count = len(model.model.layers)
         self.layers, self.outside = self.buckets[:count], self.buckets[count:]
         named = {bucket.parameters[0].global_name: bucket for bucket in self.outside}
+        # Each may be None: a stage of a pipeline (step 7) lacks one or both; a tied head is the
+        # embedding.
         embedding = named.get("model.embed_tokens.weight")
-        head = named.get("lm_head.weight")  # None if it is tied: it is the embedding then
+        head = named.get("lm_head.weight")
         if embedding is not None and not model.model.config.tie_word_embeddings:
             self.outside.remove(embedding)
             embed = model.model.embed_tokens
@@ -131,7 +133,7 @@ class Zero3(Zero2):
     def lay_out(self, bucket):
         super().lay_out(bucket)
         bucket.shard = bucket.shard.clone()  # the vector that it was a part of is freed
-        bucket.gathering = None
+        bucket.gathering = None  # the handle of its all-gather; None: the weights are not here
         self.drop(bucket)
 
     def fetch(self, *buckets, ahead):
@@ -147,7 +149,9 @@ class Zero3(Zero2):
         """Free the memory of gathered weights, but keep their tensors.
 
         The parameters, and what autograd saved of them, use the same storage: they find the
-        weights there again after the next `fetch`.
+        weights there again after the next `fetch`. Autograd refuses a saved tensor that was
+        written to since; it counts the writes. Here it does not: the parameters have a counter of
+        their own, and a gather writes to `bucket.weights`, which has another.
         """
         if bucket.gathering is not None:
             bucket.gathering.wait()
@@ -179,12 +183,16 @@ class Zero3(Zero2):
         self.fetch(bucket, ahead=bucket.before)
 
     def reduce(self, bucket):
+        # The weights are not needed any more: the backward pass of a linear layer computes the
+        # gradients of its input and of its weight together, before the hook runs.
         bucket.in_backward = False
         self.drop(bucket)
         return super().reduce(bucket)
 
     def finish_update(self):
-        for bucket in self.buckets:  # an evaluation may have left weights, which are old now
+        # `reduce` has dropped all weights, unless an evaluation came after the last backward pass:
+        # what it left is old now.
+        for bucket in self.buckets:
             self.drop(bucket)
 
 

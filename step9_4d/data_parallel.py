@@ -33,7 +33,10 @@ class Naive:
             parameter.grad = None
 
     def on_gradient(self, parameter):
-        """Called when a backward pass has added to a parameter's gradient; `naive` sends later."""
+        """What to do when a backward pass has added to a parameter's gradient.
+
+        `Bucketed` registers it as a hook; `naive` has no use for it.
+        """
 
     def finish_gradients(self):
         """Call after the last backward pass; the gradients of `parameters` are complete then."""
@@ -62,7 +65,8 @@ class Bucket:
     def vector(self, tensors):
         """Tensors shaped like the parameters, one after the other: a new vector [length].
 
-        It has the dtype of the weights, which may be better than that of the tensors.
+        It has the dtype that the weights had at first. In zero3 with bfloat16, gradients come in
+        bfloat16, and this makes them float32.
         """
         padding = tensors[0].new_zeros(self.length - self.ranges[-1].stop)
         return torch.cat([*(tensor.flatten() for tensor in tensors), padding]).to(self.dtype)
@@ -94,11 +98,11 @@ class Bucket:
         for place, parameter in zip(self.ranges, self.parameters, strict=True):
             start, stop = max(place.start, self.mine.start), min(place.stop, self.mine.stop)
             if start < stop:
-                here = slice(start - self.mine.start, stop - self.mine.start)
-                piece = nn.Parameter(weights[here])
-                piece.grad = gradients[here]
-                there = slice(start - place.start, stop - place.start)
-                piece.__dict__.update(parameter.__dict__, piece=there)
+                in_shard = slice(start - self.mine.start, stop - self.mine.start)
+                piece = nn.Parameter(weights[in_shard])
+                piece.grad = gradients[in_shard]
+                in_parameter = slice(start - place.start, stop - place.start)
+                piece.__dict__.update(parameter.__dict__, piece=in_parameter)
                 found.append(piece)
         return found
 
@@ -139,10 +143,12 @@ class Bucketed(Naive):
     def cut(self, model):
         """Lists of parameters, one a bucket, in the order in which backward meets them.
 
-        Each parameter outside of the layers has a bucket of its own. tp may cut a vocabulary
-        unevenly: what came after it in a bucket would lie at another place on each tp rank. At
-        another place numbers may be added in another order, and the copies of a norm, which all
-        tp ranks have, would drift apart by rounding.
+        model: only the `cut` of zero3 needs it.
+
+        Each parameter outside of the layers has a bucket of its own. tp (step 4) may cut a
+        vocabulary unevenly, say into 128 and 129 rows. Behind these in a bucket, the last norm
+        would begin at another place on each tp rank. The place decides in which order a ring adds
+        up, and another order rounds differently. So the norm's copies would drift apart.
         """
         inside = [p for p in self.parameters[::-1] if ".layers." in p.global_name]
         # A bucket for each chunk, as their last backward passes come at different times.
@@ -157,7 +163,11 @@ class Bucketed(Naive):
             self.running.append((bucket, *self.reduce(bucket)))
 
     def reduce(self, bucket):
-        """Start to sum a bucket's gradients; returns (what is sent, what is received, handle)."""
+        """Start to sum a bucket's gradients; returns (what is sent, what is received, handle).
+
+        An all-reduce receives into what it sends. The reduce-scatter of ZeRO receives into another
+        tensor.
+        """
         vector = bucket.gradients()
         for parameter, view in zip(bucket.parameters, bucket.views(vector), strict=True):
             parameter.grad = view
