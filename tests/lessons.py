@@ -36,7 +36,6 @@ SECTIONS = ["Why", "The idea", "By hand", "What changes", "The code", "Run it", 
 DIRECTIVE = re.compile(r"(<!-- (code|diff) (\S+\.py): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 TABLE = re.compile(r"(<!-- chain:begin -->\n).*?(<!-- chain:end -->)", re.DOTALL)
 HUNK = re.compile(r"^@@ -\d+(?:,\d+)? \+(\d+)(?:,(\d+))? @@", re.MULTILINE)
-GAP = "    ..."
 
 
 class LessonError(Exception):
@@ -209,7 +208,7 @@ def shown_diff(path, name):
     first = " " + source(path)[lines[0] - 1]  # says what these lines belong to
     if first not in hunks[0] and "+" + first[1:] not in hunks[0] and len(first) > 1:
         hunks.insert(0, [first])
-    return lines, f"\n{GAP}\n".join("\n".join(hunk) for hunk in hunks)
+    return lines, "\n    ...\n".join("\n".join(hunk) for hunk in hunks)
 
 
 def filled(step, kind, file, names):
