@@ -115,6 +115,11 @@ def trained(flags, steps, save_to=None, resume=None):
             for parameter in [*state.model.parameters(), *state.parameters]:
                 parameter.fill_(math.nan)
         checkpoint.load(state)
+        bad = [p.global_name for p in state.model.parameters() if p.isnan().any()]
+        assert not bad, (
+            f"after load {len(bad)} weights of the model are still NaN, as {bad[0]}. With ZeRO the "
+            "optimizer works on shards, and finish_update brings them to the model"
+        )
     numbers = []
     while state.step < steps:
         found = train.train_step(state)
