@@ -66,12 +66,12 @@ def test_one_run_writes_into_one_directory(step_dir, worlds, tmp_path):
 @pytest.mark.milestone(9, 10)
 def test_rectangles_are_what_a_rank_holds(step_dir, worlds):
     world = worlds(step_dir, 1)
+    world.run(checkpoints.views)
     for shape in ((7,), (3, 4)):
         ((_, wrong),) = world.run(workers_trainer.wrong_rectangles, shape)
         assert not wrong, (
             f"of a tensor {shape} the rectangles of (held, piece) {wrong[0]} are wrong"
         )
-    world.run(checkpoints.views)
 
 
 @pytest.mark.milestone(9, 11)
