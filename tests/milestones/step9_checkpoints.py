@@ -27,9 +27,15 @@ def held_part(name, rows, piece=None):
 def views():
     import torch
 
-    from resharding import tensors_of
+    from resharding import rectangles, tensors_of
 
     part, _ = held_part("weight", slice(2, 5), slice(4, 15))
+    found = [(*offsets, *sizes, p.start, p.stop) for offsets, sizes, p in rectangles(part)]
+    due = [(2, 4, 1, 2, 0, 2), (3, 0, 1, 6, 2, 8), (4, 0, 1, 3, 8, 11)]
+    assert found == due, (
+        f"elements 4 to 14 of rows of 6 are the rectangles (row, column, rows, columns, start, "
+        f"stop) {due}, the end of a row, a whole one, the beginning of one; found: {found}"
+    )
     optimizer = torch.optim.AdamW([part])
     tensors = tensors_of([part], optimizer)
     names = {"weight", "weight.exp_avg", "weight.exp_avg_sq"}
@@ -115,6 +121,11 @@ def trained(flags, steps, save_to=None, resume=None):
             for parameter in [*state.model.parameters(), *state.parameters]:
                 parameter.fill_(math.nan)
         checkpoint.load(state)
+        bad = [p.global_name for p in state.model.parameters() if p.isnan().any()]
+        assert not bad, (
+            f"after load {len(bad)} weights of the model are still NaN, as {bad[0]}. With ZeRO the "
+            "optimizer works on shards, and finish_update brings them to the model"
+        )
     numbers = []
     while state.step < steps:
         found = train.train_step(state)

@@ -4,6 +4,7 @@ import pytest
 import step9_checkpoints as checkpoints
 import step9_models as models
 import step9_runs as runs
+import workers_setup
 import workers_trainer
 from harness import assemble, assert_close
 from same import SMALL, same_step
@@ -66,12 +67,12 @@ def test_one_run_writes_into_one_directory(step_dir, worlds, tmp_path):
 @pytest.mark.milestone(9, 10)
 def test_rectangles_are_what_a_rank_holds(step_dir, worlds):
     world = worlds(step_dir, 1)
+    world.run(checkpoints.views)
     for shape in ((7,), (3, 4)):
         ((_, wrong),) = world.run(workers_trainer.wrong_rectangles, shape)
         assert not wrong, (
             f"of a tensor {shape} the rectangles of (held, piece) {wrong[0]} are wrong"
         )
-    world.run(checkpoints.views)
 
 
 @pytest.mark.milestone(9, 11)
@@ -141,6 +142,17 @@ def test_text(step_dir, worlds):
 def test_a_step_is_that_of_one_process(step_dir, train_on, flags):
     shape = "--num_hidden_layers 4 --gradient_accumulation_steps 2"
     same_step(step_dir, train_on, 2, f"--num_hidden_layers 4 {flags}", one=shape)
+
+
+@pytest.mark.milestone(9, 15)
+def test_chunks_are_dealt_out(step_dir, worlds):
+    flags = (
+        "--num_hidden_layers 4 --pp_size 2 --pp_engine interleaved --gradient_accumulation_steps 2"
+    )
+    for rank, shapes in enumerate(worlds(step_dir, 2).run(workers_setup.shapes_of, SMALL + flags)):
+        layers = {int(name.split(".")[2]) for name in shapes if ".layers." in name}
+        due = {rank, rank + 2}
+        assert layers == due, f"of two chunks each rank {rank} has the layers {layers}, not {due}"
 
 
 @pytest.mark.milestone(9, 15)
