@@ -394,7 +394,7 @@ def assert_bfloat16_trains_like_float32(step_dir, subtests, device, most_ranks=2
     assert loss > 2e-2, f"rounded weights should be noticed, but the loss is off by {loss}"
 
 
-@pytest.mark.sampled(3, only=True)
+@pytest.mark.slow
 @pytest.mark.steps(3)
 def test_bfloat16_trains_like_float32(step_dir, subtests):
     assert_bfloat16_trains_like_float32(step_dir, subtests, "cpu")

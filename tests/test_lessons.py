@@ -240,7 +240,7 @@ def test_a_milestone_that_is_not_reached_is_named(tmp_path):
     path.write_text(path.read_text().replace("return grad, None\n", "return 2 * grad, None\n"))
     done = check_of(own)
     assert done.returncode == 1
-    assert "2 times as large as it should be" in done.stdout
+    assert "2 times what it should be" in done.stdout
     assert "Milestone 1, “The sum at the end of a block”, is not reached." in done.stdout
     done = check_of(own, "--milestone", "7")
     assert done.returncode != 0 and "the milestones of this step are 1, 2" in done.stderr
