@@ -53,9 +53,9 @@ def apply_pipeline_parallel(model, group):
         model.cross_entropy = lambda activations, targets: activations
     if model.model.config.tie_word_embeddings:
         # The first and the last stage hold the same weight, and will add up its gradients in a
-        # group of two. A stage in between makes a group of itself. It has no use for it, but torch
-        # names a group after its ranks and the number of groups that a rank has: without it the
-        # next group would have different names on its ranks, and they would wait for each other.
+        # group of two. torch puts the number of groups that a rank has made into a new group's
+        # name, and all ranks of a later group need the same name. So a stage in between makes a
+        # group too, of itself alone.
         ends = (group.ranks[0], group.ranks[-1])
         own = group.ranks[group.rank]
         ranks = ends if own in ends else (own,)

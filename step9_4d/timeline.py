@@ -62,7 +62,7 @@ class Timeline:
         """Write the file from the spans of each rank; raises UserError."""
         first = min(start for spans in ranks for _, start, _ in spans)
         events = [
-            # microseconds; a row for each rank
+            # X: an event with a start and a duration, in microseconds; a row for each rank
             {"name": name, "ph": "X", "pid": 0, "tid": rank, "ts": (start - first) * 1e6,
              "dur": (end - start) * 1e6}
             for rank, spans in enumerate(ranks) for name, start, end in spans
