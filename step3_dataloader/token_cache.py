@@ -75,7 +75,8 @@ def room_for(folder):
     cache = folder.parent
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        gate = lock(cache, fcntl.LOCK_EX)  # one at a time: a new folder is not locked at once
+        # Else another process could remove our new folder before `mark` locks it.
+        gate = lock(cache, fcntl.LOCK_EX)
         try:
             remove_leftovers(cache)
             aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=cache))

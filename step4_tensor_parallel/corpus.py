@@ -47,7 +47,7 @@ def load_tokens(args, world, device):
     the model's vocabulary does not have.
     """
     vocab_size = args.config.vocab_size
-    if args.dataset_name == "random":
+    if args.dataset_name == "random":  # to measure speed
         size = max(2**22, 4 * args.tokens_per_step)
         generator = np.random.default_rng(args.seed)
         return generator.integers(vocab_size, size=size, dtype=np.uint32), None
@@ -82,27 +82,31 @@ def tokenised(args):
     if about is None:
         place_for_libraries()
         if files.kind == "hub" or not (tokenizer_name == "bytes" or Path(tokenizer_name).is_dir()):
-            hub_is_unreachable()  # before the libraries that would go on asking are imported
+            # Asks once. If nobody answers, the libraries, imported later, use only their cache.
+            hub_is_unreachable()
         about = {"dataset": args.dataset_name, "tokenizer": tokenizer_name}
-        with room_for(folder) as part:
+        with room_for(folder) as unfinished:
             tokenizer = load_tokenizer(tokenizer_name)
-            *parts, about["notes"] = open_texts(args, files)
-            about |= tokenise(parts, tokenizer, args.num_proc, part)
-            (part / "about.json").write_text(json.dumps(about))
+            training, held_out, about["notes"] = open_texts(args, files)
+            about |= tokenise([training, held_out], tokenizer, args.num_proc, unfinished)
+            (unfinished / "about.json").write_text(json.dumps(about))
     for line in about["notes"]:
         note(line)
     return folder
 
 
 def key(args, files, tokenizer_name):
-    """A name for what is tokenised: another one when a text or the tokenizer may have changed."""
+    """A name for what is tokenised: another one when a file or the tokenizer may have changed.
+
+    Of a data set or a tokenizer on the hub it knows only the name.
+    """
     tokenizer = Path(tokenizer_name)
-    parts = [files.train, files.validation]
-    parts.append(sorted(tokenizer.glob("*")) if tokenizer.is_dir() else [])
+    lists = [files.train, files.validation]
+    lists.append(sorted(tokenizer.glob("*")) if tokenizer.is_dir() else [])
     found = [FORMAT, args.dataset_name, args.dataset_config, args.text_column, tokenizer_name]
-    for part in parts:
+    for paths in lists:
         try:
-            states = [(file, file.stat()) for file in part]
+            states = [(file, file.stat()) for file in paths]
         except OSError as error:
             raise UserError(f"{shown(error.filename)}: {error.strerror}") from None
         # The last is the time of any change, which no program can set back.
@@ -154,8 +158,9 @@ def check_packages(name):
 def byte_tokenizer():
     """256 symbols, each byte its own id; byte 0 ends a document and is dropped from texts.
 
-    Byte-level BPE (GPT-2, section 2.2) without a single merge: the vocabulary is its alphabet,
-    which writes each byte as one printable character.
+    Byte-level BPE (GPT-2, section 2.2) writes each byte as one visible letter: bytes that cannot
+    be printed get the letters from 256 on. BPE would then merge letters to longer symbols; without
+    merges each letter stays a symbol.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -206,7 +211,11 @@ def cut_batches(found):
 
 
 def encoder(tokenizer):
-    """A function from texts to lists of ids, by the `tokenizers` library itself where it can be."""
+    """A function from texts to lists of ids: no cutting, no padding, no ids added.
+
+    By the `tokenizers` library itself where it can be: `transformers` would also make masks.
+    Whether "</s>" in a text becomes the special token is as the tokenizer says.
+    """
     if not tokenizer.is_fast:
         return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     backend = tokenizer.backend_tokenizer

@@ -62,7 +62,10 @@ def local_files(name):
         there = path.exists()
         if any((path / marker).exists() for marker in SAVED_TO_DISK):
             return Files("saved", sorted(file for file in path.rglob("*") if file.is_file()))
-        found = files_below(path, left_out) if path.is_dir() else [path] * path.is_file()
+        if path.is_dir():
+            found = files_below(path, left_out)
+        else:
+            found = [path] if path.is_file() else []
     except (OSError, RuntimeError) as error:  # the latter: ~ of a user who has no home
         raise UserError(f"{flag}: {getattr(error, 'strerror', None) or error}") from None
     if not there:
@@ -79,7 +82,8 @@ def local_files(name):
     if not kinds:
         wanted = f"no file with one of the endings {', '.join([*KINDS, *PACKED])}"
         raise UserError("; ".join([f"{flag}: {wanted}", *notes]))
-    return Files(*kinds, train, validation, [f"{flag}: {'; '.join(notes)}"] if notes else [])
+    line = [f"{flag}: {'; '.join(notes)}"] if notes else []
+    return Files(kinds[0], train, validation, line)
 
 
 def library_files():
@@ -92,17 +96,19 @@ def library_files():
 
 
 def files_below(top, left_out):
-    """All files below a folder, in order; links are followed, but nothing is there twice.
+    """All files below a folder, in order; links are followed, but no file is there twice.
 
     left_out: {why: paths}, to which those are added that are no files, or not to be read.
     """
     files, seen = [], set()
-    paths, links = [(top, os.path.realpath(top))], deque()  # links wait: what they lead to is first
+    paths, links = [(top, os.path.realpath(top))], deque()
+    # Links wait, so that a file is found by its own path first.
     while paths or links:
         path, real = paths.pop() if paths else links.popleft()
         if path.name.startswith(".") and path != top:
             left_out["hidden"].append(path)
-        elif real in seen:
+            continue  # not seen: a link to it that is not hidden is followed
+        if real in seen:
             left_out["reached twice by links"].append(path)
         elif path.is_dir():
             for child in sorted(path.iterdir(), reverse=True):

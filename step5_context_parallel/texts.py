@@ -22,10 +22,11 @@ from errors import UserError, in_one_line
 from files import VALIDATION, kind_of, shown
 
 BLOCK = 2**18  # bytes of a text file to read at a time
-SLICE, LONGEST_SLICE = 2**12, 2**16  # characters
-WORD_ENDS = re.compile(r"\S ")
+SLICE = 2**12  # characters, or a little more
+LONGEST_SLICE = 2**16
+WORD_ENDS = re.compile(r"\S ")  # the last letter of a word, and the space after it
 ROWS = 100  # of a table to read at a time
-LOOKED_AT = 1000  # objects that may lack the text column before any has it
+LOOKED_AT = 1000  # objects without the text column: then we stop
 JSON_TYPES = {int: "int64", float: "double", bool: "bool", list: "list", dict: "struct"}
 
 # How much there is to read, in which unit, and a function that reads it and reports progress; it
@@ -49,19 +50,20 @@ def open_texts(args, files):
         )
         for part in parts
     )
-    return train, validation if files.validation else None, []
+    return train, (validation if files.validation else None), []
 
 
 def slices(pieces):
     """Cut long documents into slices, (text, whether a document ends with it), without NULs.
 
-    A cut is before the first space of some, so that tokenizers that split at white space give the
-    same tokens. Only where there is no such place for long is a cut anywhere.
+    A cut is before a space, and of several spaces before the first, so that tokenizers that split
+    at white space give the same tokens. Where LONGEST_SLICE characters have none, it cuts there.
     """
     rest = ""
     for text, ends in pieces:
         rest += text.replace("\0", "")
         start = 0
+        # While the document goes on, wait until the whole range in which a cut may be is there.
         while len(rest) - start > (SLICE if ends else LONGEST_SLICE):
             found = WORD_ENDS.search(rest, start + SLICE - 1, start + LONGEST_SLICE)
             end = found.end() - 1 if found else start + LONGEST_SLICE
@@ -81,7 +83,7 @@ class NoText(Exception):
 
 
 class Counted(io.FileIO):
-    """A file that reports how many of its bytes were read, in all as many as it has."""
+    """A file that reports how many of its bytes were read, never more than its size."""
 
     def __init__(self, path, progress):
         super().__init__(path)
@@ -190,7 +192,8 @@ def json_values(stream, place):
         if not line:
             continue
         place["line"] = number
-        if not begun and (line[:1] == b"[" or line == b"{"):  # one value over all lines
+        # A list, or a line that is only "{": one value over all lines.
+        if not begun and (line[:1] == b"[" or line == b"{"):
             whole = parse(line + b"\n" + stream.read())
             for index, value in enumerate(whole if isinstance(whole, list) else [whole]):
                 place["object"] = index + 1

@@ -15,8 +15,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from errors import UserError
 from files import shown
 
-# What one evaluation reads at most, or one batch where that is more.
-HELD_OUT_SEQUENCES, HELD_OUT_TOKENS = 256, 2**14
+# An evaluation reads at most so much, or one batch where that is more.
+HELD_OUT_SEQUENCES = 256
+HELD_OUT_TOKENS = 2**14
 
 
 class Windows(Dataset):
@@ -116,8 +117,9 @@ class Batches:
         self.positions = positions.to(device)  # [seq / cp]
         workers = {"num_workers": args.num_workers}
         if args.num_workers:
-            workers["multiprocessing_context"] = "fork"  # the array is mapped, not sent
+            workers["multiprocessing_context"] = "fork"  # they share the mapped file: no copies
             workers["worker_init_fn"] = leave_the_group
+        # From pinned memory a copy to a GPU runs beside other work.
         self.options = {**workers, "pin_memory": device.type == "cuda"}
         self.next_step, self.loading, self.ahead = None, None, None
 
@@ -126,7 +128,7 @@ class Batches:
         if step != self.next_step:
             self.loading = iter(self.load(self.order.cut(self.micro_batch_size, step)))
             self.ahead = self.split(next(self.loading))
-        self.next_step = None  # a step that is left half read is begun anew
+        self.next_step = None  # so whoever stops in the middle gets this step from its start
         for _ in range(self.micro_batches_a_step):
             yield self.ahead
             # The device is still at work: so it will not wait for the first one of the next step.

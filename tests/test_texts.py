@@ -126,6 +126,17 @@ def test_brackets_in_names_are_no_pattern(step_dir, load, tmp_path):
     assert not one["notes"] and not folder["notes"]
 
 
+def test_a_link_to_what_is_hidden_is_followed(step_dir, load, tmp_path):
+    (tmp_path / ".store").mkdir()
+    (tmp_path / ".store" / "b.txt").write_text("in a folder")
+    (tmp_path / ".a.txt").write_text("a file")
+    (tmp_path / "shown.txt").symlink_to(tmp_path / ".a.txt")
+    (tmp_path / "store").symlink_to(tmp_path / ".store")
+    (result,) = load(step_dir, tmp_path)
+    assert result["tokens"] == b"a file\0in a folder\0", "two visible links lead to hidden names"
+    assert result["notes"][0].endswith("left out 2 hidden (.a.txt, .store)")
+
+
 def test_what_is_left_out_is_named_in_one_line_also_from_the_cache(step_dir, load, tmp_path):
     for name in ("a.txt", "._a.txt", "README.md", "b.py", "c.py", "d.py", "e.py"):
         (tmp_path / name).write_text(name)
