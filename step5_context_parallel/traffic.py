@@ -8,9 +8,9 @@ def predicted_traffic(state):
     """Rows of (axis, collective, calls, bytes of each call) of all axes together."""
     model_group = state.mesh.group("tp")
     data_group = state.mesh.group("cp")
+    count = len(state.model.parameter_names)
     # Of what every step reports: peak memory, gradient norm, loss.
-    sums = [(state.mesh.world, 8), (model_group, 8 * len(state.model.parameter_names))]
-    sums += [(data_group, 8)]
+    sums = [(state.mesh.world, 8), (model_group, 8 * count), (data_group, 8)]
     rows = [(group.axis, "all_reduce", 1, size) for group, size in sums if group.size > 1]
     rows += context_parallel_traffic(state.args, state.model, state.mesh.group("cp"))
     return rows + tensor_parallel_traffic(state.args, state.model)

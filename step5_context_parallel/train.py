@@ -12,11 +12,7 @@ from dataclasses import dataclass
 import torch
 
 import process_group as pg
-from context_parallel import (
-    apply_context_parallel,
-    sum_gradients,
-    zigzag_positions,
-)
+from context_parallel import apply_context_parallel, sum_gradients, zigzag_positions
 from corpus import load_tokens
 from dataloader import Batches
 from flags import DTYPES, parse_args

@@ -21,11 +21,7 @@ from ledger import communication_ledger
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
-from pipeline_parallel import (
-    Stage,
-    apply_pipeline_parallel,
-    sum_shared_gradients,
-)
+from pipeline_parallel import Stage, apply_pipeline_parallel, sum_shared_gradients
 from started import together
 from tensor_parallel import apply_tensor_parallel
 from traffic import predicted_traffic

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def step_number(path):
-    found = re.match(r"step([1-9])_", Path(path).name)
+    found = re.match(r"step(\d+)_", Path(path).name)
     if not found or not Path(path).is_dir():
         raise pytest.UsageError(f"--step-dir {path}: not a directory stepN_…")
     return int(found[1])

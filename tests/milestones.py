@@ -55,6 +55,9 @@ def lack_of(own, ours, piece):
 
 
 def text_of(path, name):
+    """The lines of a definition; None where the file, or the name in it, is not there."""
+    if not path.is_file() or name not in lessons.definitions(path):
+        return None
     lines = lessons.lines_of(path, name)
     return lessons.source(path)[lines.start - 1 : lines.stop - 1]
 
