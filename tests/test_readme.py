@@ -74,11 +74,28 @@ def test_what_a_page_of_costs_shows_is_printed(path):
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_answers_are_folded_away(path):
     """Of a question or an exercise none stands without its answer, and no answer in the open."""
-    found = re.search(r"^## Check yourself\n(.*?)(?=^## |\Z)", path.read_text(), re.M | re.S)
-    asked = re.split(r"^(?=\d+\. |\*\*)", found[1] if found else "", flags=re.M)[1:]
-    for question in asked:
-        assert "<details><summary>" in question and "</details>" in question, question[:60]
-    assert asked or path.name != "README.md"
+    text = without_code(path.read_text())
+    found = re.search(r"^## Check yourself\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+    folded = re.compile(r"<details><summary>.*?</summary>.*?</details>", re.S)
+    parts = re.split(r"\n\n+", folded.sub("\0", found[1]) if found else "")
+    asked = ""
+    for part in map(str.strip, parts):
+        if re.match(r"\d+\. |\*\*", part) or part.endswith("?"):
+            assert not asked, f"no folded answer to: {asked}"
+            asked = part
+        asked = "" if "\0" in part else asked
+        assert "details>" not in part, f"not folded well: {part}"
+    assert not asked, f"no folded answer to: {asked}"
+    assert "\0" in "".join(parts) or path.name != "README.md"
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_no_exercise_copies_over_a_readers_own_step(path):
+    """A reader's step lies in my_steps/; what an exercise breaks lies beside it."""
+    commands = re.findall(r"cp -r (step\d_\w+) (my_steps[\w/]*)", path.read_text())
+    for step, target in commands:
+        own = target.rstrip("/") in ("my_steps", f"my_steps/{step}")
+        assert not own, f"cp -r {step} {target}"
 
 
 def script(name):
