@@ -24,6 +24,16 @@ def pytest_addoption(parser):
     parser.addoption("--milestone", type=int, help="only the checks up to this one of its lesson")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist's own hook, which reads the option
+def pytest_cmdline_main(config):
+    """The whole run goes in two processes: its tests wait more than they compute."""
+    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    own, worker = config.getoption("--step-dir"), "PYTEST_XDIST_WORKER" in os.environ
+    if whole and not own and not worker and config.getoption("numprocesses", 0) is None:
+        config.option.numprocesses, config.option.dist = 2, "worksteal"
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 def pytest_configure(config):
     if "gpu" not in config.getoption("-m").replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the other tests are about the CPU
