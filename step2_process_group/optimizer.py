@@ -38,8 +38,8 @@ def gradient_norm(parameters, names):
     One sum of squares per parameter, in the order of `names`, the whole model's: so the same
     numbers are added in the same order however the model is laid out.
     """
-    # Not `vector_norm`: on CUDA it makes a float64 copy first. This has no public name, but reads a
-    # gradient once, and what it adds is float64.
+    # Not `vector_norm`: on CUDA it makes a float64 copy first. `_foreach_norm` is private, but it
+    # reads a gradient once, and what it adds is float64.
     norms = torch._foreach_norm([p.grad for p in parameters], 2, torch.float64)
     found = {p.global_name: norm for p, norm in zip(parameters, norms, strict=True)}
     return torch.stack([found[name] for name in names]).square().sum().sqrt()

@@ -29,7 +29,7 @@ def peak_flops(device):
 
 
 def flops_per_token(model, seq_len):
-    """Forward and backward of one token: 6 N + 12 L H S. Source: PaLM (arXiv:2204.02311), B."""
+    """Forward and backward of one token: 6 N + 12 L h s. Source: PaLM (arXiv:2204.02311), B."""
     config = model.model.config
     attention = 12 * config.num_hidden_layers * config.hidden_size * seq_len
     return 6 * model.parameter_count + attention

@@ -41,8 +41,8 @@ def gradient_norm(parameters, names, group):
     numbers are added in the same order however the model is laid out. group: the ranks that hold
     the model between them; what several of them hold is `counted` on one.
     """
-    # Not `vector_norm`: on CUDA it makes a float64 copy first. This has no public name, but reads a
-    # gradient once, and what it adds is float64.
+    # Not `vector_norm`: on CUDA it makes a float64 copy first. `_foreach_norm` is private, but it
+    # reads a gradient once, and what it adds is float64.
     norms = torch._foreach_norm([p.grad for p in parameters], 2, torch.float64)
     zero = torch.zeros_like(norms[0])  # for what this rank does not count
     found = {p.global_name: n for p, n in zip(parameters, norms, strict=True) if p.counted}
