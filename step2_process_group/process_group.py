@@ -21,7 +21,7 @@ from ledger import record
 from started import check_port
 
 AXES = ("pp", "dp", "cp", "tp")  # slowest first
-# torch 2.13 calls the second of each by the first, and warns.
+# torch 2.13 renamed both functions; the old names, second in each line, now give a warning.
 gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 scatter_into = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
@@ -112,7 +112,7 @@ class Mesh:
 
         `group("tp")` is one line; `group("dp", "cp")` holds all that see other data, and
         `group("pp", "tp")` all that hold other parts of the model. Every rank must ask for the same
-        groups in the same order.
+        axes in the same order, or ranks wait for each other for ever.
         """
         axes = tuple(axis for axis in AXES if axis in axes)
         if axes not in self.groups:
@@ -197,7 +197,7 @@ def reduce_scatter(x, group, async_op=False):
 
 
 def broadcast(x, group, source=0):
-    """Replace x, in place on every rank, by that of the group's rank `source`."""
+    """Overwrite x, on every rank, with the x of the rank at place `source` of the group."""
     assert_contiguous("broadcast", x)
     if group.size > 1:
         record(group.axis, "broadcast", x.nbytes)
@@ -244,7 +244,7 @@ def from_first(group, make):
 
 
 def max_over_ranks(numbers, world, device):
-    """The largest of each of some numbers over all ranks, float64 [count] on the device."""
+    """For each number in a list its largest over all ranks, float64 [count] on the device."""
     numbers = torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
     return all_reduce(numbers, world, ReduceOp.MAX)
 
