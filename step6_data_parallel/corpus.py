@@ -169,7 +169,7 @@ def byte_tokenizer():
     others = [byte for byte in range(256) if byte not in printable]
     symbols = {chr(byte): byte for byte in printable}
     symbols |= {chr(256 + index): byte for index, byte in enumerate(others) if byte}
-    symbols["\0"] = 0  # by itself: as a printable character it would also match that character
+    symbols["\0"] = 0  # not "Ā", its letter: an Ā in a text would also be read as the end token
     tokenizer = Tokenizer(models.BPE(vocab=symbols, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -214,7 +214,7 @@ def encoder(tokenizer):
     """A function from texts to lists of ids: no cutting, no padding, no ids added.
 
     By the `tokenizers` library itself where it can be: `transformers` would also make masks.
-    Whether "</s>" in a text becomes the special token is as the tokenizer says.
+    A "</s>" in a text becomes the special token, unless `split_special_tokens` is set.
     """
     if not tokenizer.is_fast:
         return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
