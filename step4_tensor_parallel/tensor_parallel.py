@@ -75,7 +75,7 @@ class SumGradient(torch.autograd.Function):
 
 
 class ColumnParallel(torch.autograd.Function):
-    """x Wᵀ for several W, cut by output features. Identity forward, all-reduce backward.
+    """x Wᵀ for several W, cut by output features. Nothing is sent forward, all-reduce backward.
 
     With sequence parallelism all-gather forward, reduce-scatter backward. Then the gathered x is
     not kept; backward gathers it again for the weights' gradients.
@@ -105,13 +105,13 @@ class ColumnParallel(torch.autograd.Function):
         else:
             summed = pg.all_reduce(grad_x, ctx.group, async_op=True)
         # While the ranks sum it, the weights' gradients: they need no communication.
-        grads = [g.flatten(0, 1).T @ x.flatten(0, 1) for g in grads]  # [out / tp, in]
+        grad_weights = [g.flatten(0, 1).T @ x.flatten(0, 1) for g in grads]  # [out / tp, in]
         summed.wait()
-        return grad_x, None, None, *(grad.to(weights[0].dtype) for grad in grads)
+        return grad_x, None, None, *(grad.to(weights[0].dtype) for grad in grad_weights)
 
 
 def part(weight, dim, group):
-    """This rank's part of a meta weight along a dim; parts of a vocabulary may differ by one."""
+    """This rank's part of a meta weight along dim; parts of a vocabulary may differ by a row."""
     start, stop = (weight.shape[dim] * rank // group.size for rank in (group.rank, group.rank + 1))
     held = tuple(slice(start, stop) if i == dim else s for i, s in enumerate(weight.held))
     own = nn.Parameter(weight.detach()[held])
