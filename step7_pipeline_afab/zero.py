@@ -149,9 +149,9 @@ class Zero3(Zero2):
         """Free the memory of gathered weights, but keep their tensors.
 
         The parameters, and what autograd saved of them, use the same storage: they find the
-        weights there again after the next `fetch`. Autograd refuses a saved tensor that was
-        written to since; it counts the writes. Here it does not: the parameters have a counter of
-        their own, and a gather writes to `bucket.weights`, which has another.
+        weights there again after the next `fetch`. Autograd counts the writes to a tensor, and
+        refuses a saved one whose count has changed. A gather changes only the count of
+        `bucket.weights`: the parameters have counts of their own.
         """
         if bucket.gathering is not None:
             bucket.gathering.wait()
@@ -190,8 +190,8 @@ class Zero3(Zero2):
         return super().reduce(bucket)
 
     def finish_update(self):
-        # `reduce` has dropped all weights, unless an evaluation came after the last backward pass:
-        # what it left is old now.
+        # After a backward pass `reduce` has dropped all weights. But a program may evaluate between
+        # that and the update: the weights that this leaves here are old now.
         for bucket in self.buckets:
             self.drop(bucket)
 

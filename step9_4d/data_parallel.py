@@ -21,7 +21,7 @@ import process_group as pg
 class Naive:
     """Weights, gradients and optimizer state are whole on every rank."""
 
-    axes = ()  # those of the mesh over whose ranks `parameters` are dealt out: none
+    axes = ()  # mesh axes along which each rank owns a part of `parameters`: here none
 
     def __init__(self, model, group):
         self.group = group
@@ -33,9 +33,9 @@ class Naive:
             parameter.grad = None
 
     def on_gradient(self, parameter):
-        """What to do when a backward pass has added to a parameter's gradient.
+        """What to do when a backward pass has added to a parameter's gradient: here nothing.
 
-        `Bucketed` registers it as a hook; `naive` has no use for it.
+        `Bucketed` registers it as a hook.
         """
 
     def finish_gradients(self):
@@ -44,7 +44,7 @@ class Naive:
             pg.all_reduce(parameter.grad, self.group)
 
     def finish_update(self):
-        """Call after the optimizer's step; the model's weights are those of all ranks then."""
+        """Call after the optimizer's step, in which a rank of ZeRO updates only its shard."""
 
 
 class Bucket:
@@ -59,14 +59,13 @@ class Bucket:
         self.length = shard * group.size
         self.dtype = parameters[0].dtype
         self.nbytes = self.length * self.dtype.itemsize
-        self.missing = len(parameters)  # gradients of the current backward pass
+        self.missing = len(parameters)  # gradients that the current backward pass has yet to bring
 
     @torch.no_grad()
     def vector(self, tensors):
         """Tensors shaped like the parameters, one after the other: a new vector [length].
 
-        It has the dtype that the weights had at first. In zero3 with bfloat16, gradients come in
-        bfloat16, and this makes them float32.
+        `to` has work only in zero3 (see zero.py): there gradients may come in bfloat16.
         """
         padding = tensors[0].new_zeros(self.length - self.ranges[-1].stop)
         return torch.cat([*(tensor.flatten() for tensor in tensors), padding]).to(self.dtype)
@@ -92,7 +91,7 @@ class Bucket:
         """What this rank's shard has of each parameter, as parameters for the optimizer.
 
         weights, gradients: [length / ranks]. A piece carries the tags of the whole parameter, and
-        in `piece` which slice of the flattened one it is.
+        in `piece` which slice of the flattened one it is: checkpoints (step 9) will ask for it.
         """
         found = []
         for place, parameter in zip(self.ranges, self.parameters, strict=True):
@@ -141,14 +140,15 @@ class Bucketed(Naive):
             parameter.register_post_accumulate_grad_hook(self.on_gradient)
 
     def cut(self, model):
-        """Lists of parameters, one a bucket, in the order in which backward meets them.
+        """Lists of parameters, one a bucket; those of the layers in the order of backward.
 
         model: only the `cut` of zero3 needs it.
 
-        Each parameter outside of the layers has a bucket of its own. tp (step 4) may cut a
-        vocabulary unevenly, say into 128 and 129 rows. Behind these in a bucket, the last norm
-        would begin at another place on each tp rank. The place decides in which order a ring adds
-        up, and another order rounds differently. So the norm's copies would drift apart.
+        Each parameter outside of the layers has a bucket of its own. Why does the last norm not
+        share one with the head? tp (step 4) may cut the head unevenly, say into 128 and 129 rows.
+        After these rows the norm would have another place in the bucket on each tp rank. A ring
+        adds up each place in an order of its own, and another order rounds differently. The copies
+        of the norm on the tp ranks must stay equal, and would drift apart.
         """
         inside = [p for p in self.parameters[::-1] if ".layers." in p.global_name]
         # A bucket for each chunk, as their last backward passes come at different times.
