@@ -121,7 +121,7 @@ def four_axes():
             axes.text(1.6, y, f"cp {cp}", rotation=90, va="center", ha="center", fontsize=7.5)
     for other, (_, colour) in partners.items():
         (x, y), (there, above) = centre(5), centre(other)
-        bend = {1: 0.0, 13: -0.22}.get(other, 0.0)
+        bend = {1: 0.5, 13: -0.22}.get(other, 0.0)  # round the ranks in between
         line = {"arrowstyle": "-", "lw": 2.6, "color": COLOURS[colour], "zorder": 0.5}
         line["connectionstyle"] = f"arc3,rad={bend}"
         axes.add_patch(FancyArrowPatch((x, y), (there, above), **line))

@@ -40,6 +40,7 @@ def shared_casts(model, engine, args):
     again = args.activation_checkpointing or args.recompute_elementwise
     weights, dtype = [], model.model.dtype
     if args.gradient_accumulation_steps > 1 and not again:
+        # Matrices that have all their rows: step 4's columns lack some.
         weights = [w for w in model.parameters() if w.dim() > 1 and len(w) == w.full_shape[0]]
         weights = [w for w in weights if "embed_tokens" not in w.global_name and w.dtype != dtype]
     for weight in weights:

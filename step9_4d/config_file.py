@@ -29,12 +29,13 @@ def flags_in(file, parser):
         if "config" in values:
             raise UserError("a file can't name another one: leave --config out of it")
         argv = []
-        if "\0" in "".join(map(str, values.values())).encode().decode():  # no surrogate either
+        # A command line has no NUL, nor half a character ("\ud800"), for which encode() raises.
+        if "\0" in "".join(map(str, values.values())).encode().decode():
             raise UserError("a value with a NUL in it")
         for name, value in values.items():
             if value is not None and value is not False:  # 0 may be given, and 0 == False
                 argv.append(f"--{name}" if value is True else f"--{name}={value}")
-        parser.parse_args(argv)
+        parser.parse_args(argv)  # only to see whether it raises
     except (OSError, ValueError, UserError, RecursionError) as error:
         raise UserError(f"--config {file}: {getattr(error, 'strerror', error)}") from None
     return argv

@@ -176,6 +176,6 @@ def check_interleaved(args):
         raise UserError(f"{sizes}: --gradient_accumulation_steps {steps} is no multiple of pp_size")
     if args.dp_engine == "zero3" and args.dp_size * args.cp_size > 1:
         raise UserError(
-            f"{sizes} and --dp_engine zero3: a chunk's weights would be gathered for "
-            "every micro-batch of every round; use zero1 or zero2, or 1f1b"
+            f"{sizes} and --dp_engine zero3: it gathers a rank's layers as those of one model, and "
+            "not by chunks; use zero1 or zero2, or 1f1b"
         )

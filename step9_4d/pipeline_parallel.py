@@ -42,7 +42,8 @@ def deal_layers(config, stages):
     def cost(stage, start, stop):
         return (stop - start) * layer + table * (stage == 0) + table * (stage == stages - 1)
 
-    # best[stop]: the smallest largest cost of the stages so far, which end before layer `stop`.
+    # best[stop]: how the stages so far best hold the layers before `stop`, as a pair: the largest
+    # cost of a stage, and the stages' ranges.
     best = {0: (0, [])}
     for stage in range(stages):
         reached = {}
