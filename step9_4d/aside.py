@@ -49,11 +49,11 @@ def hidden(directory):
 
 @contextlib.contextmanager
 def writing(directory, advice="", kept=(), cleans=True):
-    """Around what writes an export: if it fails, what is partial is removed, by who cleans.
+    """Around what writes an export: if that fails, what is half written is removed.
 
-    kept: what of it is whole and stays if it was the disk that refused.
-
-    Raises UserError, in the words of the operating system where there are any, and with advice.
+    kept: what is whole, and stays if it was the disk that refused. cleans: whether this rank is the
+    one that removes. Raises UserError, in the words of the operating system where there are any,
+    and with advice.
     """
     try:
         yield

@@ -49,7 +49,7 @@ def choose_checkpoint(args):
     """Put the checkpoint to go on from into `args.resume`, None for a fresh start.
 
     And what it says of itself into `args.resumed`. Raises UserError for one that is missing or
-    damaged; with `auto` the newest one that is not counts.
+    damaged; `auto` takes the newest one that is whole.
     """
     args.auto, args.found, args.damaged = args.resume == "auto", [], []
     args.resumed, args.lock = None, None
@@ -96,7 +96,7 @@ def compare(args, about):
     before = {**model, **about["model"]}
     pairs += [(f"a model of {name}", before[name], model[name]) for name in model]
     tokenizers = about["tokenizer"], tokenizer_of(args)
-    if "bytes" in tokenizers:  # others may have moved
+    if "bytes" in tokenizers:  # the others are named by a place, which may be a new one
         pairs.append(("--tokenizer_name", *tokenizers))
     for what, saved, wanted in pairs:
         if saved != wanted:

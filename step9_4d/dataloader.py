@@ -69,7 +69,7 @@ class Order:
 
 
 def leave_the_group(worker):
-    """In a loading process: let SIGTERM to this rank's group not end it before the step is over."""
+    """In a loading process: leave the processes to which torchrun sends SIGTERM with this rank."""
     os.setsid()
 
 

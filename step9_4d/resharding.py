@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 import process_group as pg
 from errors import UserError, in_one_line
 
-FILE_BYTES = 2**30  # of tensors in a file; so much of a GPU's memory is on the host at once
+FILE_BYTES = 2**30  # of tensors in a file, which are copied from a GPU to the host together
 
 
 def rectangles(parameter):
@@ -104,10 +104,10 @@ def write_tensors(tensors, directory, world):
     of the files, {name: dict}, on every rank; an OSError of one rank is raised on all.
     """
     parts = {stored_key(key, at): view for key in tensors for at, view in tensors[key].items()}
-    held = pg.from_all(world, lambda: {key: view.nbytes for key, view in parts.items()})
+    sizes = pg.from_all(world, lambda: {key: view.nbytes for key, view in parts.items()})
     load, mine = [0] * world.size, []
-    for key, size in sorted(merged(held).items(), key=lambda item: (-item[1], item[0])):
-        holders = [rank for rank in range(world.size) if key in held[rank]]
+    for key, size in sorted(merged(sizes).items(), key=lambda item: (-item[1], item[0])):
+        holders = [rank for rank in range(world.size) if key in sizes[rank]]
         writer = min(holders, key=load.__getitem__)
         load[writer] += size
         if writer == world.rank:
@@ -129,7 +129,7 @@ def merged(dicts):
 
 
 def batches(keys, parts):
-    """Cut a list of keys where FILE_BYTES are full."""
+    """Cut a list of keys where FILE_BYTES are full. A larger tensor is alone in its file."""
     batch, size = [], 0
     for key in keys:
         if batch and size + parts[key].nbytes > FILE_BYTES:
@@ -160,7 +160,7 @@ def write_file(path, parts):
 def header_of(file):
     """The bytes of a safetensors file before its tensors: a length, and JSON that long."""
     length = file.read(8)
-    size = os.fstat(file.fileno()).st_size  # more than that is said by a damaged one
+    size = os.fstat(file.fileno()).st_size  # a damaged length may be any number
     return length + file.read(min(int.from_bytes(length, "little"), size))
 
 
@@ -220,8 +220,8 @@ def read_weights(model, directory, files):
 def all_finite(tensors):
     """Whether no number of this rank's parts is infinite or NaN."""
     for view in itertools.chain.from_iterable(parts.values() for parts in tensors.values()):
-        # One reading of the memory: a sum that is finite has no such term. The other way round
-        # it may be too large by itself, so that is looked at.
+        # A finite sum has no such term, and reads the memory once. A sum that is not finite may
+        # just be too large, so then each number is looked at.
         if not math.isfinite(view.sum()) and not torch.isfinite(view).all():
             return False
     return True

@@ -2,7 +2,7 @@
 
     DIR/step_00000020/   a checkpoint: tensors, the tokenizer, and checkpoint.json, which says of
                          what, and has checksums of all other files and of itself
-    DIR/.run_id          tells this directory's checkpoints from copies of others
+    DIR/.run_id          a random number that each checkpoint written here contains
 
 A checkpoint is complete or absent: written under a hidden name, then renamed. Deleted is only what
 has a name of ours exactly, and was written here.
@@ -99,9 +99,9 @@ def read_about(flag, path, remedy=", name another one"):
 
 
 def newest_sound(flag, found):
-    """The newest checkpoint of a list that says whole things of itself, and what it says.
+    """The newest checkpoint of a list in which `read_about` finds no damage, and what that returns.
 
-    (None, None) for an empty list. Those before it are named. Raises UserError if none is sound.
+    (None, None) for an empty list. A note names each newer one. Raises UserError if none is sound.
     """
     for path in reversed(found):
         try:
