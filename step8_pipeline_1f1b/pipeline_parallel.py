@@ -36,9 +36,9 @@ def deal_layers(config, stages):
 
 
 def apply_pipeline_parallel(model, group):
-    """Keep of a model on the meta device only what this rank's stage computes.
+    """Reduce a model on the meta device to what this rank's stage computes.
 
-    A stage is called like the whole model. In place of a module that it lacks stands one that
+    A stage is called like the whole model. Each module that it lacks is replaced by one that
     returns its input. So the first stage takes tokens and the others take activations; the last
     stage returns the loss and the others return activations.
     """
@@ -53,9 +53,9 @@ def apply_pipeline_parallel(model, group):
         model.cross_entropy = lambda activations, targets: activations
     if model.model.config.tie_word_embeddings:
         # The first and the last stage hold the same weight, and will add up its gradients in a
-        # group of two. torch puts the number of groups that a rank has made into a new group's
-        # name, and all ranks of a later group need the same name. So a stage in between makes a
-        # group too, of itself alone.
+        # group of two. A stage in between makes a group too, of itself alone, so that all ranks
+        # have made equally many: torch puts that number into the name of the next group, and the
+        # ranks of a group must agree on its name.
         ends = (group.ranks[0], group.ranks[-1])
         own = group.ranks[group.rank]
         ranks = ends if own in ends else (own,)
@@ -87,17 +87,17 @@ class Stage:
         self.before = None if group.is_first else group.previous
         self.after = None if group.is_last else group.next
         self.shape = message_shape(args)
-        self.micro_batches = args.gradient_accumulation_steps
+        self.micro_batches = args.gradient_accumulation_steps  # how many a step has
         # In a stage alone each micro-batch goes backward at once, as without a pipeline.
         self.schedule = args.pp_engine if group.size > 1 else "1f1b"
         self.timeline = Timeline(args.timeline, device)
-        # For each micro-batch that has not gone backward yet: its input, and the edge of autograd's
-        # graph where the gradient of its output enters. Nobody needs an output that has been sent.
+        # For each micro-batch that has not gone backward yet: its input, and where in autograd's
+        # graph its backward pass will begin. Nobody needs an output that has been sent.
         self.alive = collections.deque()
         self.sending = []  # handles, with the tensors that they send
 
     def run(self, micro_batches, targets_in_all, backward):
-        """Forward and backward for a step's micro-batches; with backward false, forward for some.
+        """Forward and backward for a step's micro-batches; or forward only, for any number of them.
 
         Returns the sum of their losses, each divided by targets_in_all, as a float64 scalar; zero
         on all stages but the last.
@@ -128,9 +128,10 @@ class Stage:
         self.sending.clear()
 
     def forward(self, x, micro_batch):
-        """One micro-batch forward: activations [batch, seq / cp, hidden] to the next ones.
+        """Compute one micro-batch; returns what to send on.
 
-        The first stage takes its tokens instead, with x None; the last one returns the loss.
+        x: what arrived, activations of `message_shape`; None on the first stage, which takes the
+        tokens. Returns activations of the same shape; the last stage returns the loss.
         """
         tokens, targets, positions = micro_batch
         x = tokens if x is None else x.requires_grad_()
@@ -143,10 +144,11 @@ class Stage:
         return out.detach()
 
     def backward(self, grad):
-        """The oldest micro-batch alive backward: the gradient of its output to that of its input.
+        """Go backward with the oldest micro-batch alive; returns the gradient of its input.
 
-        So the gradients of weights are added in the order of a run without a pipeline. On the last
-        stage grad is None, as its output is the loss; the first stage returns None.
+        So the gradients of weights are added in the order of a run without a pipeline. grad is the
+        gradient of its output: None on the last stage, whose output is the loss. The first stage
+        returns None.
         """
         x, edge = self.alive.popleft()
         self.went_backward += 1

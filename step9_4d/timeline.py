@@ -22,7 +22,7 @@ class Timeline:
     def __init__(self, path, device):
         self.path, self.on_cuda, self.spans = path, device.type == "cuda", []
         if path and self.on_cuda:
-            torch.cuda.synchronize()  # so that the next two lines are the same moment
+            torch.cuda.synchronize()  # so the next two lines are one moment on both clocks
         self.begun = time.perf_counter()
         self.zero = self.now() if path else None
 
