@@ -195,9 +195,9 @@ def all_forward_all_backward(stage, micro_batches):
 def one_forward_one_backward(stage, micro_batches):
     """1F1B: a stage goes forward a few times, then alternates, and at last only goes backward.
 
-    It runs ahead until its first micro-batch can be back from the last stage. While it alternates,
-    it and its neighbour have something for each other at the same time. So both messages are posted
-    together: one after the other, each stage would wait for the other's receive.
+    Its warm-up is one forward pass for each stage after it. While it alternates, it and its
+    neighbour have something for each other at the same time. So both messages are posted together:
+    if each stage waited for its send first, neither would come to its receive.
     """
     micro_batches = iter(micro_batches)
     ahead = min(stage.group.size - 1 - stage.group.rank, stage.micro_batches)
