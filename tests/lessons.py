@@ -99,7 +99,11 @@ def source(path):
 @cache
 def definitions(path):
     """{name: range of lines} of a Python file: functions, classes, methods and variables."""
-    tree, lines, found = ast.parse("\n".join(source(path))), source(path), {}
+    return definitions_in("\n".join(source(path)))
+
+
+def definitions_in(text):
+    tree, lines, found = ast.parse(text), text.splitlines(), {}
 
     def add(name, first, last):
         while first > 1 and lines[first - 2].lstrip().startswith("#"):  # the comment above it

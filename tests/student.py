@@ -1,0 +1,151 @@
+"""A reader's own steps: where they are, what is written, what comes next.
+
+All of it lies in `my_steps/`: the steps themselves, and `.coach/` beside them with what was laid at
+the beginning of each step, what was taken from us since, and how far the reader has come.
+"""
+
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import lessons
+import milestones
+import stubs
+
+HOME = lessons.ROOT / "my_steps"
+
+
+class Student:
+    """One step of a reader.
+
+    own: their folder of it. ours: our folder of it.
+    """
+
+    def __init__(self, number, home=HOME):
+        self.number, self.home = number, Path(home)
+        self.ours = lessons.step_of(number)
+        self.own = self.home / self.ours.name
+        self.aside = self.home / ".coach" / self.ours.name
+        self.about = {"reached": {}, "hints": {}, "skipped": []}
+        if (self.aside / "progress.json").exists():
+            self.about |= json.loads((self.aside / "progress.json").read_text())
+
+    def keep(self):
+        """Write how far the reader is, aside and then renamed: an interruption loses nothing."""
+        self.aside.mkdir(parents=True, exist_ok=True)
+        part = self.aside / f"progress.{os.getpid()}"
+        part.write_text(json.dumps(self.about, indent=1))
+        part.replace(self.aside / "progress.json")
+
+    # --- the beginning ----------------------------------------------------------------------------
+
+    @property
+    def is_open(self):
+        return self.own.is_dir()
+
+    def open(self, start):
+        """Lay the step: all of it, or none. start: the folder of the step before."""
+        part = self.home / f".{self.ours.name}.{os.getpid()}"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        stubs.lay(self.ours, start, part)
+        shutil.rmtree(self.aside, ignore_errors=True)
+        shutil.copytree(part, self.aside / "laid")
+        self.about = {"reached": {}, "hints": {}, "skipped": [], "begun": time.time()}
+        self.keep()
+        part.rename(self.own)
+
+    # --- what comes next --------------------------------------------------------------------------
+
+    def lack(self, item):
+        """A sentence about what an item still needs; None where it is written."""
+        for piece in item.pieces:
+            if sentence := milestones.lack_of(self.own, self.ours, piece):
+                return sentence
+            if self.is_as_laid(piece):
+                return f"`{piece.name}` in `{piece.file}` is as it was: change it."
+        for file in {piece.file for piece in item.pieces}:
+            if (item.page, item.number) in stubs.left_in((self.own / file).read_text()):
+                return f"`{file}` still has the stub of this item."
+        return None
+
+    def is_as_laid(self, piece):
+        """Whether a definition that the step changes is still that of the step before."""
+        past = lessons.before(self.ours)
+        path = self.ours / piece.file
+        if past is None or not (past / piece.file).exists() or lessons.is_no_lesson(path):
+            return False
+        if piece.name in ("docstring", "imports"):  # nothing depends on their words
+            return False
+        laid = milestones.text_of(self.aside / "laid" / piece.file, piece.name)
+        return laid is not None and laid == milestones.text_of(self.own / piece.file, piece.name)
+
+    def next_item(self):
+        """The first item that is not written, with a sentence about it: (item, sentence)."""
+        lessons.source.cache_clear()
+        lessons.definitions.cache_clear()
+        for item in lessons.walk(self.ours):
+            if sentence := self.lack(item):
+                return item, sentence
+        return None, ""
+
+    def written(self):
+        """The number of the last milestone all of whose items are written; 0 for none."""
+        item, _ = self.next_item()
+        return item.milestone - 1 if item else max(milestones.titles(self.own))
+
+    def reached(self, milestone, seconds):
+        self.about["reached"].setdefault(str(milestone), round(seconds, 1))
+        self.keep()
+
+    # --- ours instead -----------------------------------------------------------------------------
+
+    def back_up(self, file):
+        """Keep a copy of a reader's file before we write to it."""
+        if (self.own / file).exists():
+            folder = self.aside / "before"
+            folder.mkdir(parents=True, exist_ok=True)
+            copies = len(list(folder.glob(f"{file}.*")))
+            shutil.copy(self.own / file, folder / f"{file}.{copies + 1}")
+
+    def take(self, item):
+        """Put our lines of an item into the reader's files."""
+        for file in dict.fromkeys(piece.file for piece in item.pieces):
+            self.back_up(file)
+            path = self.own / file
+            ours = (self.ours / file).read_text()
+            text = stubs.with_imports(path.read_text() if path.exists() else "", ours)
+            for piece in (piece for piece in item.pieces if piece.file == file):
+                text = replaced(text, ours, piece.name)
+            path.write_text(text)
+        self.about["skipped"].append([item.page, item.number])
+        self.keep()
+
+
+def replaced(mine, ours, name):
+    """A text with one definition of ours in place of its own, or after the one before it."""
+    theirs, own = ranges(ours), ranges(mine)
+    lines, new = mine.splitlines(), ours.splitlines()
+    taken = new[theirs[name].start - 1 : theirs[name].stop - 1]
+    if name in own:
+        lines[own[name].start - 1 : own[name].stop - 1] = taken
+        return "\n".join(lines) + "\n"
+    names = [n for n in theirs if "." in n or n == name or "." not in name]
+    before = [n for n in names if theirs[n].stop <= theirs[name].start and n in own]
+    place = own[before[-1]].stop - 1 if before else 0
+    gap = [""] * (1 if "." in name else 2)
+    lines[place:place] = [*gap, *taken] if place else [*taken, *gap]
+    return "\n".join(lines) + "\n"
+
+
+def ranges(text):
+    """{name: range of lines} of a text, in its order."""
+    found = lessons.definitions_in(text)
+    return dict(sorted(found.items(), key=lambda entry: entry[1].start))
+
+
+def step_name(number):
+    return re.sub(r"^step\d+_", "", lessons.step_of(number).name).replace("_", " ")
