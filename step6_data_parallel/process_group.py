@@ -31,8 +31,8 @@ def init_processes(device_type):
 
     Returns this rank's device: a GPU of its own on CUDA (NCCL), the CPU otherwise (gloo).
     """
-    # A long timeout: the others may wait while one rank works for all. It is not needed for a rank
-    # that dies: then the launcher ends the job.
+    # A long timeout: the others may wait while one rank works for all. A rank that dies needs no
+    # short one: the launcher then ends the job.
     options = {"backend": "gloo", "timeout": timedelta(hours=1)}
     device = torch.device(device_type)
     if device_type == "cuda":
@@ -60,9 +60,9 @@ class Group:
     axis: str  # "tp", or "dp_cp" for axes taken together
     ranks: tuple  # global ranks in order
     rank: int  # place of this rank in `ranks`
-    # A weak reference to the torch.distributed group; None for a group of one. Python must not hold
-    # a gloo group when it ends: its threads would abort the process. So torch alone holds it, and
-    # `finish` lets go of it.
+    # A weak reference to the torch.distributed group; None for a group of one. If our code still
+    # held a gloo group when Python ends, the group's threads would abort the process. So torch
+    # alone holds the group, and `finish` frees it.
     pointer: weakref.ref
 
     @property
@@ -110,9 +110,9 @@ class Mesh:
     def group(self, *axes):
         """The ranks that differ from this one along `axes` only, made when first asked for.
 
-        `group("tp")` is one line; `group("dp", "cp")` holds all that see other data, and
-        `group("pp", "tp")` all that hold other parts of the model. Every rank must ask for the same
-        axes in the same order, or ranks wait for each other for ever.
+        `group("tp")` is one line. `group("dp", "cp")` holds the ranks that divide the data, and
+        `group("pp", "tp")` those that divide the model. Every rank must ask for the same axes in
+        the same order, or ranks wait for each other for ever.
         """
         axes = tuple(axis for axis in AXES if axis in axes)
         if axes not in self.groups:
@@ -168,7 +168,7 @@ def all_reduce(x, group, op=ReduceOp.SUM, async_op=False):
 
 
 def all_gather(x, group, out=None, async_op=False):
-    """Join the x of all ranks along dim 0: [n, ...] -> [size * n, ...].
+    """Join the x of all ranks along dim 0: [rows, ...] -> [size * rows, ...].
 
     Returns the result, or with async_op (result, handle). With `out`, the result is written there;
     x may be a slice of it.
@@ -184,7 +184,7 @@ def all_gather(x, group, out=None, async_op=False):
 
 
 def reduce_scatter(x, group, async_op=False):
-    """Sum x over the group and keep this rank's part of dim 0: [size * n, ...] -> [n, ...].
+    """Sum x over the group, keep this rank's part of dim 0: [size * rows, ...] -> [rows, ...].
 
     Returns the result, or with async_op (result, handle).
     """
