@@ -120,7 +120,7 @@ class Batches:
         self.next_step = None  # so whoever stops in the middle gets this step from its start
         for _ in range(self.micro_batches_a_step):
             yield self.ahead
-            # The device is still at work: so it will not wait for the first one of the next step.
+            # Loads the next one while the device still works. The last belongs to the next step.
             self.ahead = self.split(next(self.loading))
         self.next_step = step + 1
 

@@ -133,7 +133,7 @@ def split_of(name):
 def by_split(top, files, left_out):
     """(files to train on, files to hold out): names of splits count beside one named train."""
     splits = defaultdict(list)
-    names = {file: file.relative_to(top).parts for file in files}  # of a file by itself: none
+    names = {file: file.relative_to(top).parts for file in files}  # () where top is the file itself
     trained = {
         parts[:depth]
         for parts in names.values()

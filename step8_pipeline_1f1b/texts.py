@@ -166,7 +166,7 @@ def read_json(stream, place, column):
         if not isinstance(text, str | None):
             raise NoText(f"no text there but {JSON_TYPES[type(text)]}")
         text = text or ""
-        text.encode()  # raises for half a letter, "\\ud800"
+        text.encode()  # raises for half a surrogate pair, "\\ud800"
         yield text, True
     if first is not None and not found:
         place.clear()  # it is the whole file

@@ -84,6 +84,7 @@ def room_for(folder):
         finally:
             unlock(gate)
         try:
+            # Only `part` is renamed. `aside` keeps the lock, and takes a damaged `folder`, too.
             (aside / "part").mkdir()
             yield aside / "part"
             if folder.exists() and not read_about(folder):

@@ -156,7 +156,7 @@ def check_packages(name):
 
 
 def byte_tokenizer():
-    """256 symbols, each byte its own id; byte 0 ends a document and is dropped from texts.
+    """256 symbols, each byte its own id; byte 0 ends a document. (`slices` drops it from texts.)
 
     Byte-level BPE (GPT-2, section 2.2) writes each byte as one visible letter: bytes that cannot
     be printed get the letters from 256 on. BPE would then merge letters to longer symbols; without
@@ -169,7 +169,9 @@ def byte_tokenizer():
     others = [byte for byte in range(256) if byte not in printable]
     symbols = {chr(byte): byte for byte in printable}
     symbols |= {chr(256 + index): byte for index, byte in enumerate(others) if byte}
-    symbols["\0"] = 0  # not "Ā", its letter: an Ā in a text would also be read as the end token
+    # Not "Ā", the letter of byte 0: the end token is looked for in the text itself, before its
+    # bytes become letters. So an Ā in a text would be read as the end token.
+    symbols["\0"] = 0
     tokenizer = Tokenizer(models.BPE(vocab=symbols, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
