@@ -108,7 +108,7 @@ class Plain:
     def row_slices(q, k):
         """Slices of the queries, so small that at most chunk x chunk scores exist at a time."""
         queries, keys = q.shape[2], k.shape[2]
-        # Queries and keys of a block: 2 x 2 chunks if it is our own, otherwise 2 x 1 or 1 x 2, as
+        # Queries x keys are 2 x 2 chunks for our own block, otherwise 2 x 1 or 1 x 2, as
         # `attending` in context_parallel.py says.
         chunk = queries // 2 if queries == keys else min(queries, keys)
         size = max(1, chunk * chunk // keys)

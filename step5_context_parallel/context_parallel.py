@@ -174,7 +174,7 @@ class RingAttention(torch.autograd.Function):
         for source, block in travel(last, ring.back, group.previous, group.next, group):
             rows, share_q, share_kv = shares(source, block)
             before, coming = coming, ring.send_home(share_kv, source, chunk)
-            ring.add(grad_q[:, :, rows], share_q)
+            ring.add(grad_q[:, :, rows], share_q)  # the queries are our own: no message
             if before:  # it was on its way while we computed with this block
                 ring.arrive(grad_kv, *before)
         _, share_q, share_kv = shares(group.rank, kv)
