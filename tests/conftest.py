@@ -22,6 +22,7 @@ def step_number(path):
 def pytest_addoption(parser):
     parser.addoption("--step-dir", type=Path, help="check this version of a step, and only it")
     parser.addoption("--milestone", type=int, help="only the checks up to this one of its lesson")
+    parser.addoption("--from-milestone", type=int, default=0, help="and from this one on")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist's own hook, which reads the option
@@ -108,8 +109,8 @@ def pytest_sessionstart(session):
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--step-dir"):
         return
-    last = config.getoption("--milestone") or 99
-    mine = [i for i in items if "step_dir" in i.fixturenames and milestones.of(i) <= last]
+    first, last = config.getoption("--from-milestone"), config.getoption("--milestone") or 99
+    mine = [i for i in items if "step_dir" in i.fixturenames and first <= milestones.of(i) <= last]
     config.hook.pytest_deselected(items=[item for item in items if item not in mine])
     items[:] = sorted(mine, key=milestones.of)
 

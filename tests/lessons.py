@@ -1,6 +1,7 @@
 """Put the real code into the lessons, and say what of a step no lesson shows.
 
-python tests/lessons.py write          renew the code and the tables of changes in every page
+python tests/lessons.py write          renew the code and the tables of changes in every page, and
+                                       the code tours that an editor plays (.tours/)
 python tests/lessons.py check          prove that the pages keep the rules
 python tests/lessons.py shown 4        which of the lines that step 4 adds its pages do not show
 python tests/lessons.py walk 4         the walk through step 4 as a list
@@ -26,6 +27,8 @@ from functools import cache
 from pathlib import Path
 
 import chain
+from definitions import definitions_in
+from tours import tour
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_LESSON = {"flags.py", "errors.py", "presets.py"}  # and traffic*.py
@@ -100,44 +103,6 @@ def source(path):
 def definitions(path):
     """{name: range of lines} of a Python file: functions, classes, methods and variables."""
     return definitions_in("\n".join(source(path)))
-
-
-def definitions_in(text):
-    tree, lines, found = ast.parse(text), text.splitlines(), {}
-
-    def add(name, first, last):
-        while first > 1 and lines[first - 2].lstrip().startswith("#"):  # the comment above it
-            first -= 1
-        found.setdefault(name, range(first, last + 1))
-
-    def visit(body, prefix):
-        for node in body:
-            names = []
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                names = [node.name]
-            elif isinstance(node, ast.Assign | ast.AnnAssign):
-                targets = getattr(node, "targets", None) or [node.target]
-                names = [target.id for target in targets if isinstance(target, ast.Name)]
-            first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-            for name in names:
-                add(prefix + name, first, node.end_lineno)
-            if isinstance(node, ast.ClassDef):
-                methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
-                starts = [min([m.lineno, *(d.lineno for d in m.decorator_list)]) for m in methods]
-                end = min(starts, default=node.end_lineno + 1) - 1
-                while not lines[end - 1].strip():
-                    end -= 1
-                add(f"{prefix}{node.name}.head", first, end)
-                visit(node.body, f"{prefix}{node.name}.")
-            elif isinstance(node, ast.If | ast.Try):
-                visit([*node.body, *node.orelse], prefix)
-
-    visit(tree.body, "")
-    if ast.get_docstring(tree):
-        add("docstring", 1, tree.body[0].end_lineno)
-    if imports := [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]:
-        add("imports", imports[0].lineno, imports[-1].end_lineno)
-    return found
 
 
 def lines_of(path, name):
@@ -322,11 +287,23 @@ def chosen(number):
 
 
 def write(number):
-    """Renew the code and the tables in the pages."""
+    """Renew the code and the tables in the pages, and the code tours."""
     for page in (page for step in chosen(number) for page in pages(step)):
         if (text := renewed(page)) != page.read_text():
             page.write_text(text)
             print(f"{page.relative_to(ROOT)}  renewed")
+    walk.cache_clear()
+    for step in chosen(number):
+        path, text = tour_of(step)
+        if not path.exists() or path.read_text() != text:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+            print(f"{path.relative_to(ROOT)}  renewed")
+
+
+def tour_of(step):
+    """Where a step's code tour is, and its text."""
+    return ROOT / ".tours" / f"{step.name}.tour", tour(step, walk(step))
 
 
 def problems_of(page):
@@ -359,6 +336,9 @@ def check(number):
         walked = {piece.file for item in walk(step) for piece in item.pieces}
         for file in not_shown(step).keys() - walked:
             problems.append(f"{step.name}/{file}: no page walks through it")
+        path, text = tour_of(step)
+        if not path.exists() or path.read_text() != text:
+            problems.append(f"{path.relative_to(ROOT)} is old: run lessons.py write")
     for problem in problems:
         print(problem)
     if problems:

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import time
-from pathlib import Path
 
 import lessons
 import milestones
@@ -24,8 +23,8 @@ class Student:
     own: their folder of it. ours: our folder of it.
     """
 
-    def __init__(self, number, home=HOME):
-        self.number, self.home = number, Path(home)
+    def __init__(self, number):
+        self.number, self.home = number, HOME
         self.ours = lessons.step_of(number)
         self.own = self.home / self.ours.name
         self.aside = self.home / ".coach" / self.ours.name
@@ -97,9 +96,30 @@ class Student:
         item, _ = self.next_item()
         return item.milestone - 1 if item else max(milestones.titles(self.own))
 
+    # --- how far ------------------------------------------------------------------------------
+
+    def is_reached(self, milestone):
+        return str(milestone) in self.about["reached"]
+
     def reached(self, milestone, seconds):
-        self.about["reached"].setdefault(str(milestone), round(seconds, 1))
+        self.about["reached"][str(milestone)] = round(seconds, 1)
         self.keep()
+
+    def count(self):
+        """How many milestones are reached."""
+        return len(self.about["reached"])
+
+    def next_hint(self, item):
+        """The level of the next hint for an item, 1 to 3."""
+        key = f"{item.page} {item.number}"
+        self.about["hints"][key] = min(3, self.about["hints"].get(key, 0) + 1)
+        self.keep()
+        return self.about["hints"][key]
+
+    def stamp(self):
+        """Changes when a file of the step does."""
+        found = ((path.name, path.stat().st_mtime_ns) for path in sorted(self.own.glob("*.py")))
+        return list(found)
 
     # --- ours instead -----------------------------------------------------------------------------
 

@@ -1,0 +1,267 @@
+"""Build the steps yourself, and be told what is next and what is wrong.
+
+python tests/coach.py              where you are
+python tests/coach.py 4            begin step 4 in my_steps/, or go on with it
+python tests/coach.py 4 --once     look once, and don't wait for changes
+python tests/coach.py 4 hint       a hint for what is next; each call says more
+python tests/coach.py 4 diff       your lines beside ours, for what is next
+python tests/coach.py 4 skip       take our lines for what is next
+
+While the coach waits it takes the same words from the keyboard: `hint`, `diff`, `skip`, `quit`.
+Your files lie in my_steps/, and so does what the coach keeps, in my_steps/.coach/.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import hints
+import lessons
+import milestones
+from rich.console import Console
+from rich.markdown import Markdown
+from student import Student
+
+LONGEST = 120  # seconds that the checks of a milestone may take before they are ended
+WORDS = ("hint", "diff", "skip")
+console = Console(highlight=False)
+
+
+class Stop(Exception):
+    """What the user is told, in one line."""
+
+
+def say(text, style=None):
+    console.print(text, style=style, markup=False)
+
+
+def shown(path):
+    """A path as one types it."""
+    return os.path.relpath(path)
+
+
+def show(markdown):
+    console.print(Markdown(markdown))
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def run_checks(student, first, last):
+    """Run the checks of some milestones: (None or what is wrong in words, seconds)."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--no-header",
+        "--color=no",
+        "-p",
+        "no:cacheprovider",
+    ]
+    command += [f"--step-dir={student.own}", f"--milestone={last}", f"--from-milestone={first}"]
+    begun = time.monotonic()
+    # A session of its own: whatever its tests have started ends with it.
+    with subprocess.Popen(
+        command, cwd=lessons.ROOT, text=True, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as running:  # fmt: skip
+        try:
+            said, _ = running.communicate(timeout=LONGEST)
+        except subprocess.TimeoutExpired:
+            said = f"E   the checks took more than {LONGEST} s: is there an endless loop?"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)
+    seconds = time.monotonic() - begun
+    return (None if running.returncode == 0 else in_words(said, student.own)), seconds
+
+
+def in_words(said, own):
+    """What the checks found, out of what pytest printed."""
+    errors = re.findall(r"^E +(.+)$", said, re.MULTILINE) or said.strip().splitlines()[-8:]
+    found = re.sub(r"^[\w.]*Error: (rank \d+ of \d+ failed: )?(AssertionError: )?", "", errors[0])
+    where = re.findall(r"^E +File \"(.+?)\", line (\d+), in (\w+)\nE +(.+)$", said, re.MULTILINE)
+    own = [f"{os.path.basename(f)}, line {n}, in {name}: {line}" for f, n, name, line in where
+           if Path(f).parent == own]  # fmt: skip
+    news = re.findall(r"^(Milestone .*)$", said, re.MULTILINE)
+    return "\n".join([found, *own[-1:], *news[-1:]])
+
+
+# --- one look -------------------------------------------------------------------------------------
+
+
+def look(student):
+    """Check what is written, then show what is next; True when the step is done."""
+    written = student.written()
+    first = next((m for m in range(1, written + 1) if not student.is_reached(m)), None)
+    for milestone in range(first or 1, written + 1) if first else ():
+        title = milestones.titles(student.own)[milestone][0]
+        with console.status(f"checking milestone {milestone}, {title} …"):
+            wrong, seconds = run_checks(student, milestone, milestone)
+        if wrong:
+            say(f"Milestone {milestone}, {title}: not yet ({seconds:.0f} s)", "bold red")
+            say(wrong)
+            return False
+        student.reached(milestone, seconds)
+        say(f"Milestone {milestone}, {title}: reached ({seconds:.0f} s)", "bold green")
+    item, lack = student.next_item()
+    if item is None:
+        finish(student)
+        return True
+    show_item(student, item, lack)
+    return False
+
+
+def show_item(student, item, lack):
+    title = f"{item.page} item {item.number}, milestone {item.milestone}: {item.title}"
+    console.rule(title, align="left")
+    show(first_paragraph(item.explanation))
+    show(hints.task(item, student.ours))
+    say(lack)
+    say("Write it and save. Or: hint, diff, skip, quit.", "dim")
+
+
+def first_paragraph(text):
+    return text.split("\n\n")[0]
+
+
+def finish(student):
+    """The end of a step: its convergence check, and what is next."""
+    say(f"All milestones of step {student.number} are reached.", "bold green")
+    skipped = len(student.about["skipped"])
+    mine = len(lessons.walk(student.ours)) - skipped
+    say(f"You wrote {mine} of {mine + skipped} items yourself. Now the whole step:")
+    say(f"  python -m pytest --step-dir={shown(student.own)}")
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def obey(student, word):
+    """Do what the reader asks for the item that is next."""
+    item, _ = student.next_item()
+    if item is None:
+        say("Nothing is left to write in this step.")
+    elif word == "hint":
+        level = student.next_hint(item)
+        say(f"Hint {level}, {hints.HINTS[level - 1]}:", "bold")
+        show(hints.hint(item, student.ours, level))
+    elif word == "skip":
+        student.take(item)
+        before = shown(student.aside / "before")
+        say(f"Item {item.number} is ours now. Your files as they were are in {before}.")
+    elif word == "diff":
+        for file in dict.fromkeys(piece.file for piece in item.pieces):
+            command = [
+                "git",
+                "--no-pager",
+                "diff",
+                "--no-index",
+                student.ours / file,
+                student.own / file,
+            ]
+            subprocess.run(command, cwd=lessons.ROOT)
+
+
+def follow(student):
+    """Look after each change of a file, until all is written or the reader quits."""
+    while not look(student):
+        word = wait(student)
+        while word is not None:
+            if word in ("quit", "q", "exit"):
+                return
+            if word in WORDS:
+                obey(student, word)
+            if word == "skip":
+                break
+            if word not in WORDS:
+                say("I know hint, diff, skip and quit.")
+            word = wait(student)
+
+
+def wait(student):
+    """Wait for a file to change (None), or for a word from the keyboard."""
+    before = student.stamp()
+    listening = sys.stdin is not None and not sys.stdin.closed
+    while student.stamp() == before:
+        ready = select.select([sys.stdin], [], [], 0.5)[0] if listening else time.sleep(0.5)
+        if ready:
+            line = sys.stdin.readline()
+            if not line:
+                listening = False
+            elif line.strip():
+                return line.strip().lower()
+    time.sleep(0.2)  # an editor may write several files
+    return None
+
+
+# --- where one is ---------------------------------------------------------------------------------
+
+
+def overview():
+    """Which steps are done, and what is next."""
+    for step in lessons.steps():
+        student = Student(lessons.step_number(step))
+        if not student.is_open:
+            state = "not begun"
+        else:
+            count, all_of_them = student.count(), len(milestones.titles(step))
+            state = "done" if count == all_of_them else f"{count} of {all_of_them} milestones"
+        say(f"{student.number}  {step.name:24} {state}")
+    say("Begin or go on with `python tests/coach.py N`.", "dim")
+
+
+def begin(student):
+    """Open a step: from the reader's own step before, if all of that is reached."""
+    start = None
+    if student.number > 1:
+        mine = Student(student.number - 1)
+        done = mine.is_open and mine.count() == len(milestones.titles(mine.ours))
+        start = mine.own if done else mine.ours
+        whose = "your own" if done else "our"
+        say(f"Step {student.number} begins with {whose} step {student.number - 1}.")
+    student.open(start)
+    say(f"It lies in {shown(student.own)}.")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("step", nargs="?", type=int, metavar="N", help="the step")
+    parser.add_argument("word", nargs="?", choices=WORDS, help="for what is next")
+    parser.add_argument("--once", action="store_true", help="look once, and don't wait for changes")
+    return parser.parse_args()
+
+
+def main(args):
+    if args.step is None:
+        return overview()
+    student = Student(args.step)
+    if not student.is_open:
+        begin(student)
+    if args.word:
+        obey(student, args.word)
+    elif args.once:
+        look(student)
+    else:
+        follow(student)
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    try:
+        main(arguments)
+    except lessons.LessonError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        command = " ".join(["python tests/coach.py", *map(str, sys.argv[1:])])
+        sys.exit(f"\nYour files are as you left them. Go on with: {command}")

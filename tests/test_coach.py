@@ -1,0 +1,110 @@
+"""The coach: stubs, what is next, what is wrong, and that nothing of a reader's is lost."""
+
+import ast
+import sys
+
+import coach
+import hints
+import lessons
+import pytest
+import stubs
+import student
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setattr(student, "HOME", tmp_path / "my_steps")
+    return tmp_path / "my_steps"
+
+
+@pytest.fixture
+def opened(home):
+    """opened(number): a step of a reader, begun from our step before."""
+
+    def open_step(number):
+        one = student.Student(number)
+        one.open(lessons.before(one.ours))
+        return one
+
+    return open_step
+
+
+def without_imports(text):
+    """What a file does, whatever its first words and the order of its imports."""
+    tree = ast.parse(text)
+    kept = [n for n in tree.body if not isinstance(n, ast.Import | ast.ImportFrom)]
+    return {ast.dump(node) for node in kept if not stubs.is_text(node)}
+
+
+@pytest.mark.parametrize("number", range(1, len(lessons.steps()) + 1))
+def test_from_stubs_to_our_step(opened, number):
+    """The items that are next, each taken from us, lead to our step."""
+    one, seen = opened(number), []
+    while (found := one.next_item())[0]:
+        item, lack = found
+        assert lack and (item.page, item.number) not in seen, (item, lack)
+        seen.append((item.page, item.number))
+        one.take(item)
+    assert len(seen) >= 0.8 * len(lessons.walk(one.ours)), "most items are to be written"
+    for path in one.ours.glob("*.py"):
+        mine = (one.own / path.name).read_text()
+        assert without_imports(path.read_text()) <= without_imports(mine), path.name
+
+
+@pytest.mark.parametrize("number", range(1, len(lessons.steps()) + 1))
+def test_what_is_laid_holds_no_line_to_write(opened, number):
+    one = opened(number)
+    for path in one.ours.glob("*.py"):
+        past = lessons.before(one.ours)
+        if lessons.is_no_lesson(path) or (past and (past / path.name).exists()):
+            continue
+        laid = (one.own / path.name).read_text()
+        walked = {
+            n
+            for i in lessons.walk(one.ours)
+            for p in i.pieces
+            for n in p.lines
+            if p.file == path.name
+        }
+        for node in stubs.functions_of(path.read_text()):
+            if node.lineno in walked:
+                name = hints.full_name(path, node)
+                at = lessons.definitions_in(laid)[name]
+                body = "\n".join(laid.splitlines()[at.start - 1 : at.stop - 1])
+                assert "raise NotImplementedError" in body or len(node.body) == 1, name
+
+
+def test_hints_say_more_each_time(opened, capsys):
+    one = opened(4)
+    item = next(i for i in lessons.walk(one.ours) if i.title == "Shares become a sum")
+    task, idea, outline, lines = (
+        hints.task(item, one.ours),
+        *(hints.hint(item, one.ours, n) for n in (1, 2, 3)),
+    )
+    assert "write `AllReduce.forward`" in task and "pg.all_reduce" not in task
+    assert idea == item.explanation
+    assert "with all_reduce" in outline and "pg.all_reduce(x, group)" not in outline
+    assert "return pg.all_reduce(x, group)" in lines
+    assert [one.next_hint(item) for _ in range(4)] == [1, 2, 3, 3]
+
+
+def test_a_session(opened, home, capsys, monkeypatch):
+    """Begin, ask, take one item, write another one wrongly."""
+
+    def typed(*words):
+        monkeypatch.setattr(sys, "argv", ["coach.py", *words])
+        coach.main(coach.parse_args())
+        return capsys.readouterr().out
+
+    assert "4  step4_tensor_parallel    not begun" in typed()
+    assert "Step 4 begins with our step 3." in typed("4", "hint")
+    assert "0 of 5 milestones" in typed()
+    for _ in range(3):
+        typed("4", "skip")
+    mine = home / "step4_tensor_parallel" / "tensor_parallel.py"
+    right = mine.read_text()
+    assert "Milestone 1, The sum at the end of a block: reached" in typed("4", "--once")
+    said = typed("4", "--once")
+    assert "reached (" not in said and "item 4, milestone 2" in said, "it is not checked again"
+    assert "1 of 5 milestones" in typed()
+    assert right == mine.read_text()
