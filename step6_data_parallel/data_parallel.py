@@ -146,9 +146,9 @@ class Bucketed(Naive):
 
         Each parameter outside of the layers has a bucket of its own. Why does the last norm not
         share one with the head? tp (step 4) may cut the head unevenly, say into 128 and 129 rows.
-        After these rows the norm would have another place in the bucket on each tp rank. A ring
-        adds up each place in an order of its own, and another order rounds differently. The copies
-        of the norm on the tp ranks must stay equal, and would drift apart.
+        After these rows the norm would begin at another index on each tp rank. In a ring the index
+        of a number decides in which order the ranks add it up (step 2), and each order rounds
+        differently. The copies of the norm on the tp ranks must stay equal, and would drift apart.
         """
         inside = [p for p in self.parameters[::-1] if ".layers." in p.global_name]
         outside = [[p] for p in self.parameters if ".layers." not in p.global_name]
