@@ -45,7 +45,7 @@ def test_from_stubs_to_our_step(opened, number):
         assert lack and (item.page, item.number) not in seen, (item, lack)
         seen.append((item.page, item.number))
         one.take(item)
-    assert len(seen) >= 0.8 * len(lessons.walk(one.ours)), "most items are to be written"
+    assert len(seen) >= 0.75 * len(lessons.walk(one.ours)), "most items are to be written"
     for path in one.ours.glob("*.py"):
         mine = (one.own / path.name).read_text()
         assert without_imports(path.read_text()) <= without_imports(mine), path.name
