@@ -1,7 +1,7 @@
 """Causal attention by the fastest kernel that knows the dtype.
 
-PyTorch has several kernels for one and the same formula. On an H200 cuDNN's is faster than flash
-attention, be it PyTorch's or that of the package flash-attn.
+PyTorch has several kernels for one and the same formula. On an H200 cuDNN's is faster than the
+flash attention of PyTorch itself or of the package flash-attn.
 Source: FlashAttention-2 (arXiv:2307.08691).
 """
 
