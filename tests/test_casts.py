@@ -53,8 +53,8 @@ def assert_casts_are_kept_once(step_dir, worlds, flags, bytes_each):
     [
         ("", 2),
         ("--tp_size 2", 2),
-        ("--compile aot_eager", 2),
-        ("--compile aot_eager --recompute_elementwise", 0),
+        pytest.param("--compile aot_eager", 2, marks=pytest.mark.slow),
+        pytest.param("--compile aot_eager --recompute_elementwise", 0, marks=pytest.mark.slow),
         ("--activation_checkpointing", 0),
         ("--dtype float32", 0),
     ],
@@ -68,6 +68,7 @@ def test_without_a_compiler_nobody_recomputes(step_dir, worlds):
     assert "--recompute_elementwise" in said and "add --compile" in said
 
 
+@pytest.mark.slow
 def test_the_same_numbers_when_recomputed_by_the_compiler(step_dir, train_on):
     argv = SMALL + "--dtype float64 --gradient_accumulation_steps 2 "
     reference = train_on(step_dir, 1, argv, 3)
@@ -75,6 +76,7 @@ def test_the_same_numbers_when_recomputed_by_the_compiler(step_dir, train_on):
     again.assert_same_as(reference)
 
 
+@pytest.mark.slow
 def test_bytes_that_a_compiled_layer_keeps(step_dir, worlds):
     run, argv = worlds(step_dir, 1).run, ONE
     h, kv, f, heads, tokens = 128, 64, 384, 8, 4 * 64

@@ -83,6 +83,7 @@ def test_a_killed_rank_ends_the_job(step_dir, tmp_path):
         assert job.wait(timeout=60) != 0
 
 
+@pytest.mark.slow
 @pytest.mark.steps(1, 1)
 def test_weights_and_biases_offline(step_dir, tmp_path):
     flags = SHORT + "--use_wandb --run_name my-run"

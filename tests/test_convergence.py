@@ -43,6 +43,7 @@ def baselines(tmp_path_factory):
     return tmp_path_factory.mktemp("baselines")
 
 
+@pytest.mark.slow
 def test_other_layouts_converge(tmp_path, baselines):
     figure = tmp_path / "curves.png"
     flags = "--dp_size 2 --micro_batch_size 2 --gradient_accumulation_steps 2"
@@ -188,6 +189,7 @@ def test_the_heads_gradient_is_autograds(step_dir, worlds):
     assert error < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.steps(9, 9)
 @pytest.mark.parametrize(
     "layout",

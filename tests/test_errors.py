@@ -151,6 +151,7 @@ def test_wrong_calls_of_the_model_as_launched(step_dir, folder, subtests):
     launch_all(step_dir, folder, subtests, calls_of_the_model(step_dir), 15)
 
 
+@pytest.mark.slow
 @pytest.mark.steps(1, 1)
 def test_a_hub_id_of_a_preset_needs_no_hub(step_dir):
     flags = "--model_name HuggingFaceTB/SmolLM-135M --hidden_size 18 --num_hidden_layers 1"
@@ -184,6 +185,7 @@ def test_wrong_calls_of_the_data_as_launched(step_dir, folder, subtests):
     launch_all(step_dir, folder, subtests, STEP3, 30)
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(9, only=True)
 @pytest.mark.steps(2)
 def test_one_rank_reports_and_the_others_wait_for_it(step_dir):

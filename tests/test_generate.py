@@ -98,6 +98,7 @@ def test_wrong_calls(step_dir, worlds, model, flags, words):
     assert words in said and "\n" not in said
 
 
+@pytest.mark.slow
 def test_a_wrong_call_as_launched(step_dir, model, tmp_path):
     result = launch(
         step_dir, f"--load_hf {model[0]} --prompt x --tokenizer_name nobody/nothing", ranks=1,

@@ -101,7 +101,7 @@ def test_all_layouts_train_the_same_model(step_dir, train_on, size, subtests):
     train_rows(step_dir, train_on, size, subtests)
 
 
-@pytest.mark.sampled(9, only=True)
+@pytest.mark.slow
 @pytest.mark.steps(4)
 @pytest.mark.parametrize("size", [size for size in SIZES if size > 4])
 def test_all_layouts_of_more_ranks(step_dir, train_on, size, subtests):
