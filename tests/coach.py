@@ -6,6 +6,11 @@ python tests/coach.py 4 --once     look once, and don't wait for changes
 python tests/coach.py 4 hint       a hint for what is next; each call says more
 python tests/coach.py 4 diff       your lines beside ours, for what is next
 python tests/coach.py 4 skip       take our lines for what is next
+python tests/coach.py lab          the labs: copies of a step with one mistake in each
+python tests/coach.py lab 7        open a lab, and see what is wrong with it
+python tests/coach.py lab 7 check             is it mended?
+python tests/coach.py lab 7 optimizer.py:52   is that the place?
+python tests/coach.py lab 7 story             give up, or read who had it
 
 While the coach waits it takes the same words from the keyboard: `hint`, `diff`, `skip`, `quit`.
 Your files lie in my_steps/, and so does what the coach keeps, in my_steps/.coach/.
@@ -25,6 +30,8 @@ from pathlib import Path
 import hints
 import lessons
 import milestones
+from coach_labs import Desk
+from labs import labs
 from rich.console import Console
 from rich.markdown import Markdown
 from student import Student
@@ -32,10 +39,6 @@ from student import Student
 LONGEST = 120  # seconds that the checks of a milestone may take before they are ended
 WORDS = ("hint", "diff", "skip")
 console = Console(highlight=False)
-
-
-class Stop(Exception):
-    """What the user is told, in one line."""
 
 
 def say(text, style=None):
@@ -54,19 +57,16 @@ def show(markdown):
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def run_checks(student, first, last):
+def check(student, first, last):
     """Run the checks of some milestones: (None or what is wrong in words, seconds)."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "--no-header",
-        "--color=no",
-        "-p",
-        "no:cacheprovider",
-    ]
-    command += [f"--step-dir={student.own}", f"--milestone={last}", f"--from-milestone={first}"]
+    flags = [f"--step-dir={student.own}", f"--milestone={last}", f"--from-milestone={first}"]
+    return run_checks(flags, student.own)
+
+
+def run_checks(flags, own):
+    """Run pytest on a reader's step: (None or what is wrong in words, seconds)."""
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--color=no", *flags]
+    command += ["-p", "no:cacheprovider"]
     begun = time.monotonic()
     # A session of its own: whatever its tests have started ends with it.
     with subprocess.Popen(
@@ -81,7 +81,7 @@ def run_checks(student, first, last):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(running.pid, signal.SIGKILL)
     seconds = time.monotonic() - begun
-    return (None if running.returncode == 0 else in_words(said, student.own)), seconds
+    return (None if running.returncode == 0 else in_words(said, own)), seconds
 
 
 def in_words(said, own):
@@ -105,7 +105,7 @@ def look(student):
     for milestone in range(first or 1, written + 1) if first else ():
         title = milestones.titles(student.own)[milestone][0]
         with console.status(f"checking milestone {milestone}, {title} …"):
-            wrong, seconds = run_checks(student, milestone, milestone)
+            wrong, seconds = check(student, milestone, milestone)
         if wrong:
             say(f"Milestone {milestone}, {title}: not yet ({seconds:.0f} s)", "bold red")
             say(wrong)
@@ -236,24 +236,45 @@ def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("step", nargs="?", type=int, metavar="N", help="the step")
-    parser.add_argument("word", nargs="?", choices=WORDS, help="for what is next")
+    parser.add_argument("what", nargs="?", help="the number of a step, or `lab`")
+    parser.add_argument("words", nargs="*", help="see above")
     parser.add_argument("--once", action="store_true", help="look once, and don't wait for changes")
     return parser.parse_args()
 
 
 def main(args):
-    if args.step is None:
+    words = [*args.words, None, None]
+    if args.what is None:
         return overview()
-    student = Student(args.step)
-    if not student.is_open:
-        begin(student)
-    if args.word:
-        obey(student, args.word)
+    if args.what == "lab":
+        return lab(*words[:2])
+    step = Student(number_of(args.what, "a step"))
+    if words[0] not in (None, *WORDS):
+        raise lessons.LessonError(f"{words[0]}: the words are {', '.join(WORDS)}")
+    if not step.is_open:
+        begin(step)
+    if words[0]:
+        obey(step, words[0])
     elif args.once:
-        look(student)
+        look(step)
     else:
-        follow(student)
+        follow(step)
+
+
+def number_of(text, what):
+    if not text.isdecimal():
+        raise lessons.LessonError(f"{text}: name {what} by its number, or `lab`")
+    return int(text)
+
+
+def lab(number, word):
+    desk = Desk(say, run_checks)
+    if number is None:
+        return desk.overview()
+    chosen = labs().get(number_of(number, "a lab"))
+    if chosen is None:
+        raise lessons.LessonError(f"lab {number}: the labs are 1 to {len(labs())}")
+    return desk.obey(chosen, word)
 
 
 if __name__ == "__main__":
