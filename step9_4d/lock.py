@@ -84,7 +84,7 @@ class Lock:
         return free
 
     def wait_for_a_sign(self):
-        """Wait until the lock of another host is renewed, or for a minute; the time it was of."""
+        """Wait a minute, or until another host renews its lock; returns the time it had before."""
         holder, renewed = read(self.path)
         note(f"{self.path} is of {name_of(holder)}: waiting {SILENT} s for a sign of life")
         deadline = time.monotonic() + SILENT

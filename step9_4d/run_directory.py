@@ -121,7 +121,7 @@ def run_id(directory):
     """What is written into this directory's checkpoints; made when first asked for."""
     path = Path(directory) / ".run_id"
     said = path.read_bytes() if path.is_file() else b""
-    if not re.fullmatch(rb"[0-9a-f]{16}\n", said):  # none, or cut off on a full disk
+    if not re.fullmatch(rb"[0-9a-f]{16}\n", said):  # none, or cut off by a loss of power
         said = secrets.token_hex(8).encode() + b"\n"
         aside = path.with_name(f".run_id-{secrets.token_hex(4)}")
         try:
@@ -206,7 +206,7 @@ say_once = functools.cache(note)
 
 
 def clean(directory):
-    """Delete what is not complete, or no longer."""
+    """Delete hidden directories, of a save or a deletion that did not end, and an old RESUME."""
     for left in Path(directory).glob(".step_*"):
         if HIDDEN.fullmatch(left.name) and not left.is_symlink():
             try:
