@@ -8,8 +8,8 @@ A lab is a file in `labs/`:
     before: |                        lines of our step, as they stand there, once
     after: |                         the lines with the mistake
     run: --dp_size 2 …               flags of a run that has the mistake in it
-    loss: same                       `same`: the first ten losses are within 2 % of ours; `differs`; or
-                                     `none`: the run fails
+    loss: same                       `same`: the first ten losses are within 2 % of ours;
+                                     `differs`; or `none`: the run fails
     symptoms: >                      what a person would see, without where
     check: milestone 4               the check that fails: of a milestone, or of a file of tests, by
                                      name: test_layouts.py: splits_of_the_batch
