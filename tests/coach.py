@@ -36,8 +36,17 @@ from rich.console import Console
 from rich.markdown import Markdown
 from student import Student
 
-LONGEST = 120  # seconds that the checks of a milestone may take before they are ended
+LONGEST = 150  # seconds that the checks of a milestone may take before they are ended
 WORDS = ("hint", "diff", "skip")
+CURVES = {  # flags of 8 sequences a step, for tests/convergence.py
+    3: "--micro_batch_size 4 --gradient_accumulation_steps 2",
+    4: "--tp_size 2 --micro_batch_size 8",
+    5: "--cp_size 2 --micro_batch_size 8",
+    6: "--dp_size 2 --dp_engine zero3 --micro_batch_size 4",
+    7: "--pp_size 2 --micro_batch_size 2 --gradient_accumulation_steps 4",
+    8: "--pp_size 2 --micro_batch_size 2 --gradient_accumulation_steps 4",
+    9: "--tp_size 2 --dp_size 2 --dp_engine zero1 --micro_batch_size 4",
+}
 console = Console(highlight=False)
 
 
@@ -134,12 +143,31 @@ def first_paragraph(text):
 
 
 def finish(student):
-    """The end of a step: its convergence check, and what is next."""
-    say(f"All milestones of step {student.number} are reached.", "bold green")
-    skipped = len(student.about["skipped"])
-    mine = len(lessons.walk(student.ours)) - skipped
-    say(f"You wrote {mine} of {mine + skipped} items yourself. Now the whole step:")
-    say(f"  python -m pytest --step-dir={shown(student.own)}")
+    """The end of a step: all checks of it once more, its curve beside one process, a line."""
+    last = max(milestones.titles(student.own))
+    say(f"All {last} milestones are reached. Once more from the first one, in your last version:")
+    with console.status("checking all milestones …"):
+        wrong, seconds = check(student, 1, last)
+    if wrong:
+        student.forget()
+        return say(wrong, "bold red")
+    say(f"They hold ({seconds:.0f} s).", "bold green")
+    if run := CURVES.get(student.number):
+        say(f"Does it train as one process does? 20 steps in float64 with {run}:")
+        command = [sys.executable, "tests/convergence.py", f"{shown_from_root(student.own)} {run}"]
+        if subprocess.run(command, cwd=lessons.ROOT).returncode:
+            return say("Not yet: the table says where the curves part.", "bold red")
+    student.done()
+    count = len(lessons.walk(student.ours))
+    mine = count - len(student.about["skipped"])
+    return say(
+        f"Step {student.number} is yours: {mine} of its {count} items you wrote yourself. The whole step's tests: python -m pytest --step-dir={shown(student.own)}",
+        "bold green",
+    )
+
+
+def shown_from_root(path):
+    return os.path.relpath(path, lessons.ROOT)
 
 
 # --- words ----------------------------------------------------------------------------------------
@@ -214,7 +242,8 @@ def overview():
             state = "not begun"
         else:
             count, all_of_them = student.count(), len(milestones.titles(step))
-            state = "done" if count == all_of_them else f"{count} of {all_of_them} milestones"
+            state = f"{count} of {all_of_them} milestones"
+            state = "done" if student.is_done else state
         say(f"{student.number}  {step.name:24} {state}")
     say("Begin or go on with `python tests/coach.py N`.", "dim")
 
@@ -224,7 +253,7 @@ def begin(student):
     start = None
     if student.number > 1:
         mine = Student(student.number - 1)
-        done = mine.is_open and mine.count() == len(milestones.titles(mine.ours))
+        done = mine.is_open and mine.is_done
         start = mine.own if done else mine.ours
         whose = "your own" if done else "our"
         say(f"Step {student.number} begins with {whose} step {student.number - 1}.")

@@ -4,6 +4,7 @@ All of it lies in `my_steps/`: the steps themselves, and `.coach/` beside them w
 the beginning of each step, what was taken from us since, and how far the reader has come.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -105,6 +106,19 @@ class Student:
         self.about["reached"][str(milestone)] = round(seconds, 1)
         self.keep()
 
+    def forget(self):
+        """All milestones are to be checked again."""
+        self.about["reached"] = {}
+        self.keep()
+
+    def done(self):
+        self.about["done"] = time.time()
+        self.keep()
+
+    @property
+    def is_done(self):
+        return "done" in self.about
+
     def count(self):
         """How many milestones are reached."""
         return len(self.about["reached"])
@@ -118,8 +132,11 @@ class Student:
 
     def stamp(self):
         """Changes when a file of the step does."""
-        found = ((path.name, path.stat().st_mtime_ns) for path in sorted(self.own.glob("*.py")))
-        return list(found)
+        found = []
+        for path in sorted(self.own.glob("*.py")):
+            with contextlib.suppress(FileNotFoundError):  # an editor may write it anew
+                found.append((path.name, path.stat().st_mtime_ns))
+        return found
 
     # --- ours instead -----------------------------------------------------------------------------
 
