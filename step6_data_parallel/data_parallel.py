@@ -6,8 +6,8 @@ they send, and what a rank keeps. In the two engines of this file every rank kee
     naive    sums each gradient by itself, after the last backward pass
     bucket   sums many gradients in one message, while the last backward pass goes on
 
-The engines of zero.py share. Ranks along cp read other tokens, too: the group of an engine is
-dp x cp. Source: PyTorch DDP (arXiv:2006.15704), section 3.2.
+The engines of zero.py deal that out. Ranks along cp read other tokens, too: the group of an engine
+is dp x cp. Source: PyTorch DDP (arXiv:2006.15704), section 3.2.
 """
 
 import itertools
