@@ -34,8 +34,8 @@ def shared_casts(model, engine, args):
 
     No cast is made for a single micro-batch, nor where layers are computed again and so keep none.
     Weights that have no shared cast: those in the dtype of the computation, as zero3 gathers them;
-    step 4's columns, which are cast again in backward; and the embedding's table, also where it is
-    the head: zero3 has not gathered it yet.
+    step 4's columns, which are cast again in backward; and the embedding's table, as a lookup casts
+    no table. It has none as a tied head either: zero3 gathers it only when the model is called.
     """
     again = args.activation_checkpointing or args.recompute_elementwise
     weights, dtype = [], model.model.dtype

@@ -123,8 +123,8 @@ class Interleaved:
     def follow(self, micro_batches, backward=True):
         """Do the passes of a plan; after each tick post all messages that it makes, together.
 
-        A message is waited for where it is needed. A send that nobody here needs is waited for some
-        ticks later, so that its memory is freed.
+        A message is waited for where it is needed, and at the latest 2 p ticks later: no pass here
+        needs one that is only sent, but its memory has to be freed.
         """
         ranks, chunks, me = self.group.size, len(self.stages), self.group.rank
         arriving, posted = {}, collections.deque()
