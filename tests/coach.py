@@ -160,10 +160,8 @@ def finish(student):
     student.done()
     count = len(lessons.walk(student.ours))
     mine = count - len(student.about["skipped"])
-    return say(
-        f"Step {student.number} is yours: {mine} of its {count} items you wrote yourself. The whole step's tests: python -m pytest --step-dir={shown(student.own)}",
-        "bold green",
-    )
+    say(f"Step {student.number} is yours: {mine} of its {count} items you wrote.", "bold green")
+    return say(f"The whole step's tests: python -m pytest --step-dir={shown(student.own)}")
 
 
 def shown_from_root(path):
