@@ -108,3 +108,52 @@ def test_a_session(opened, home, capsys, monkeypatch):
     assert "reached (" not in said and "item 4, milestone 2" in said, "it is not checked again"
     assert "1 of 5 milestones" in typed()
     assert right == mine.read_text()
+
+
+def test_what_a_reader_breaks_is_said_and_kept(opened, monkeypatch):
+    """A syntax error, a file that is gone, an endless loop: a sentence each."""
+    one = opened(4)
+    path = one.own / "tensor_parallel.py"
+    laid = path.read_text()
+    path.write_text("def (:\n" + laid)
+    assert "`tensor_parallel.py`, line 1: " in one.next_item()[1]
+    path.unlink()
+    assert "`tensor_parallel.py` with `part`; it is not there yet" in one.next_item()[1]
+    one.take(one.next_item()[0])  # ours, although the file is gone
+    assert "def part(" in path.read_text()
+    path.write_text(laid)
+
+    monkeypatch.setattr(coach, "LONGEST", 15)
+    endless = one.own / "model.py"
+    text = endless.read_text()
+    endless.write_text(text + "\nwhile True:\n    pass\n")
+    wrong, seconds = coach.check(one, 1, 1)
+    assert "is there an endless loop?" in wrong and seconds < 40
+    assert endless.read_text() == text + "\nwhile True:\n    pass\n"
+
+
+def test_the_coach_writes_only_in_its_folder(opened, home):
+    one = opened(4)
+    one.take(one.next_item()[0])
+    one.keep()
+    assert {path.name for path in home.parent.iterdir()} == {"my_steps"}
+    assert {path.name for path in home.iterdir()} == {".coach", "step4_tensor_parallel"}
+    copies = list((one.aside / "before").iterdir())
+    assert [path.name for path in copies] == ["tensor_parallel.py.1"], "ours never replaces unseen"
+
+
+def test_an_opened_step_is_there_whole_or_not_at_all(home, monkeypatch):
+    """Interrupted while it is laid, a step begins anew at the next call."""
+    one = student.Student(4)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    lay = stubs.lay
+    monkeypatch.setattr(stubs, "lay", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        one.open(lessons.before(one.ours))
+    assert not student.Student(4).is_open
+    monkeypatch.setattr(stubs, "lay", lay)
+    one.open(lessons.before(one.ours))
+    assert student.Student(4).is_open and one.next_item()[0].number == 1
