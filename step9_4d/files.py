@@ -107,7 +107,7 @@ def files_below(top, left_out):
         path, real = paths.pop() if paths else links.popleft()
         if path.name.startswith(".") and path != top:
             left_out["hidden"].append(path)
-            continue  # not seen: a link to it that is not hidden is followed
+            continue  # not added to `seen`, so a link to it that is not hidden is followed
         if real in seen:
             left_out["reached twice by links"].append(path)
         elif path.is_dir():
