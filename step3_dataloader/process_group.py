@@ -206,7 +206,7 @@ def broadcast(x, group, source=0):
 
 
 def exchange(group, send=(), receive=()):
-    """Post sends and receives together, so that no rank waits for another's order.
+    """Post sends and receives together, so that it does not matter which of them comes first.
 
     send, receive: lists of (tensor, global rank of the peer). Returns the handles to `wait()` for;
     between two ranks messages arrive in the order in which they were sent.
