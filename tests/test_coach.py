@@ -121,15 +121,13 @@ def test_what_a_reader_breaks_is_said_and_kept(opened, monkeypatch):
     assert "`tensor_parallel.py` with `part`; it is not there yet" in one.next_item()[1]
     one.take(one.next_item()[0])  # ours, although the file is gone
     assert "def part(" in path.read_text()
-    path.write_text(laid)
 
-    monkeypatch.setattr(coach, "LONGEST", 15)
-    endless = one.own / "model.py"
-    text = endless.read_text()
-    endless.write_text(text + "\nwhile True:\n    pass\n")
+    endless = laid + "\nwhile True:\n    pass\n"
+    path.write_text(endless)
+    monkeypatch.setattr(coach, "LONGEST", 10)
     wrong, seconds = coach.check(one, 1, 1)
     assert "is there an endless loop?" in wrong and seconds < 40
-    assert endless.read_text() == text + "\nwhile True:\n    pass\n"
+    assert path.read_text() == endless
 
 
 def test_the_coach_writes_only_in_its_folder(opened, home):
