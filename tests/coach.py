@@ -6,6 +6,7 @@ python tests/coach.py 4 --once     look once, and don't wait for changes
 python tests/coach.py 4 hint       a hint for what is next; each call says more
 python tests/coach.py 4 diff       your lines beside ours, for what is next
 python tests/coach.py 4 skip       take our lines for what is next
+python tests/coach.py quiz 4       five questions, with other numbers each time
 python tests/coach.py lab          the labs: copies of a step with one mistake in each
 python tests/coach.py lab 7        open a lab, and see what is wrong with it
 python tests/coach.py lab 7 check             is it mended?
@@ -30,6 +31,7 @@ from pathlib import Path
 import hints
 import lessons
 import milestones
+import quiz
 from coach_labs import Desk
 from labs import labs
 from rich.console import Console
@@ -263,7 +265,7 @@ def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", help="the number of a step, or `lab`")
+    parser.add_argument("what", nargs="?", help="the number of a step, `quiz` or `lab`")
     parser.add_argument("words", nargs="*", help="see above")
     parser.add_argument("--once", action="store_true", help="look once, and don't wait for changes")
     return parser.parse_args()
@@ -275,6 +277,8 @@ def main(args):
         return overview()
     if args.what == "lab":
         return lab(*words[:2])
+    if args.what == "quiz":
+        return quiz.hold(number_of(words[0] or "", "a step"), say)
     step = Student(number_of(args.what, "a step"))
     if words[0] not in (None, *WORDS):
         raise lessons.LessonError(f"{words[0]}: the words are {', '.join(WORDS)}")
@@ -290,7 +294,7 @@ def main(args):
 
 def number_of(text, what):
     if not text.isdecimal():
-        raise lessons.LessonError(f"{text}: name {what} by its number, or `lab`")
+        raise lessons.LessonError(f"{text}: name {what} by its number; or say `lab` or `quiz`")
     return int(text)
 
 
