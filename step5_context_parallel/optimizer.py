@@ -37,9 +37,10 @@ def learning_rate_at(step, args):
 def gradient_norm(parameters, names, group):
     """The 2-norm of the whole model's gradient, a float64 scalar.
 
-    One sum of squares per parameter, in the order of `names`, the whole model's: so the same
-    numbers are added in the same order however the model is laid out. group: the ranks that hold
-    the model between them; what several of them hold is `counted` on one.
+    One sum of squares per parameter, added in the order of `names`, the names of all weights of
+    the whole model. So the order of the additions is the same however the model is laid out.
+    group: the ranks that hold the model between them; what several of them hold is `counted` on
+    one.
     """
     # Not `vector_norm`: on CUDA it makes a float64 copy first. `_foreach_norm` is private, but it
     # reads a gradient once, and what it adds is float64.

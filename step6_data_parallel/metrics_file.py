@@ -9,7 +9,7 @@ from errors import UserError, check_writable, note
 class MetricsFile:
     """One line of JSON a step. A disk that is full ends the lines, but not the training.
 
-    Beside it stands the run's flags, so that the same command may be given again, and no other run
+    Beside it stand the run's flags, so that the same command may be given again, and no other run
     writes over these lines.
     """
 
