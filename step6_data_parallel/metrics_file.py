@@ -18,7 +18,9 @@ class MetricsFile:
         try:
             self.file = open(path, "ab", buffering=0)
             if Path(path).is_file():
-                flags_beside(path).write_text(json.dumps(flags, indent=1) + "\n")
+                part = Path(f"{path}.config.part")  # a full disk leaves the old flags
+                part.write_text(json.dumps(flags, indent=1) + "\n")
+                part.replace(flags_beside(path))
                 self.file.truncate(0)
         except OSError as error:
             raise UserError(f"--metrics_file {path}: {error.strerror}; name another file") from None

@@ -89,6 +89,23 @@ def test_metrics_on_a_full_disk(step_dir, tmp_path):
         assert 1 < len(lines) < 40
 
 
+@pytest.mark.steps(1)
+@pytest.mark.sampled(1, 9, only=True)
+def test_flags_that_find_no_room_leave_the_old_ones(step_dir, tmp_path):
+    """The same command may be given again once there is room."""
+    with disk(tmp_path / "disk", 64) as small:
+        path = small / "metrics.jsonl"
+        argv = f"--num_hidden_layers 1 --seq_len 16 --max_tokens 128 --metrics_file {path}"
+        assert launch(step_dir, argv).code == 0
+        before = {file.name: file.read_bytes() for file in small.iterdir()}
+        filling = fill(small, leave=0)
+        (said,) = launch(step_dir, argv).errors[0].splitlines()
+        assert said.startswith(f"error: --metrics_file {path}: No space left on device")
+        filling.unlink()
+        assert {name: (small / name).read_bytes() for name in before} == before
+        assert launch(step_dir, argv).code == 0
+
+
 @pytest.mark.slow
 @pytest.mark.steps(1, 1)
 def test_a_compiler_on_a_full_disk(step_dir, tmp_path):
