@@ -34,13 +34,13 @@ def shared_casts(model, engine, args):
 
     No cast is made for a single micro-batch, nor where layers are computed again and so keep none.
     Weights that have no shared cast: those in the dtype of the computation, as zero3 gathers them;
-    step 4's columns, which are cast again in backward; and the embedding's table, as a lookup casts
-    no table. It has none as a tied head either: zero3 gathers it only when the model is called.
+    column parallel ones (step 4), which are cast again in backward; and the embedding, as a lookup
+    casts no table. A head tied to it has none either: zero3 has not gathered it yet.
     """
     again = args.activation_checkpointing or args.recompute_elementwise
     weights, dtype = [], model.model.dtype
     if args.gradient_accumulation_steps > 1 and not again:
-        # Matrices that have all their rows: step 4's columns lack some.
+        # Matrices that have all their rows: of a column parallel one a rank has only some.
         weights = [w for w in model.parameters() if w.dim() > 1 and len(w) == w.full_shape[0]]
         weights = [w for w in weights if "embed_tokens" not in w.global_name and w.dtype != dtype]
     for weight in weights:

@@ -123,8 +123,8 @@ class Interleaved:
     def follow(self, micro_batches, backward=True):
         """Do the passes of a plan; after each tick post all messages that it makes, together.
 
-        A message is waited for where it is needed, and at the latest 2 p ticks later: no pass here
-        needs one that is only sent, but its memory has to be freed.
+        A rank waits for what it receives in the pass that needs it. What it has sent is waited for
+        2 p ticks later at the latest, so that its memory is freed.
         """
         ranks, chunks, me = self.group.size, len(self.stages), self.group.rank
         arriving, posted = {}, collections.deque()
