@@ -141,7 +141,9 @@ def show_item(student, item, lack):
 
 
 def first_paragraph(text):
-    return text.split("\n\n")[0]
+    """The first paragraph, and what it announces with a colon."""
+    parts = text.split("\n\n")
+    return "\n\n".join(parts[: 2 if parts[0].endswith(":") else 1])
 
 
 def finish(student):
@@ -235,17 +237,25 @@ def wait(student):
 
 
 def overview():
-    """Which steps are done, and what is next."""
+    """Which steps are done, what is next, and how long it takes by the front page's estimate."""
     for step in lessons.steps():
         student = Student(lessons.step_number(step))
-        if not student.is_open:
-            state = "not begun"
-        else:
-            count, all_of_them = student.count(), len(milestones.titles(step))
-            state = f"{count} of {all_of_them} milestones"
-            state = "done" if student.is_done else state
-        say(f"{student.number}  {step.name:24} {state}")
+        titles = milestones.titles(step)
+        state = "not begun"
+        if student.is_open:
+            state = "done" if student.is_done else f"{student.count()} of {len(titles)} milestones"
+        say(f"{student.number}  {step.name:24} {state:18} {spent(student, titles)}")
     say("Begin or go on with `python tests/coach.py N`.", "dim")
+
+
+def spent(student, titles):
+    """What is left of a step, in words."""
+    left = [m for m in titles if not student.is_reached(m)]
+    minutes = sum(student.minutes(m) for m in left)
+    if student.is_done or not left:
+        return ""
+    hours = f"about {minutes / 60:.1f} hours" if minutes >= 90 else f"about {minutes:.0f} minutes"
+    return f"{hours} left" + f"; next: {titles[left[0]][0]}" * student.is_open
 
 
 def begin(student):

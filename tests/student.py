@@ -16,6 +16,7 @@ import milestones
 import stubs
 
 HOME = lessons.ROOT / "my_steps"
+FRONT_PAGE = lessons.ROOT / "README.md"
 
 
 class Student:
@@ -123,6 +124,17 @@ class Student:
         """How many milestones are reached."""
         return len(self.about["reached"])
 
+    def minutes(self, milestone):
+        """An estimate: the step's hours on the front page, dealt out by lines of code."""
+        row = re.search(
+            rf"\]\({self.ours.name}/README.md\).*\| (\d+) \+ \d+ \|", FRONT_PAGE.read_text()
+        )
+        lines = {}
+        for item in lessons.walk(self.ours):
+            count = sum(len(piece.lines) for piece in item.pieces)
+            lines[item.milestone] = lines.get(item.milestone, 0) + count
+        return 60 * int(row[1]) * lines[milestone] / sum(lines.values())
+
     def next_hint(self, item):
         """The level of the next hint for an item, 1 to 3."""
         key = f"{item.page} {item.number}"
@@ -182,7 +194,3 @@ def ranges(text):
     """{name: range of lines} of a text, in its order."""
     found = lessons.definitions_in(text)
     return dict(sorted(found.items(), key=lambda entry: entry[1].start))
-
-
-def step_name(number):
-    return re.sub(r"^step\d+_", "", lessons.step_of(number).name).replace("_", " ")
