@@ -81,7 +81,7 @@ def parse_args(argv):
         tokenizer = args.load_hf
     args.tokenizer_name = args.tokenizer_name or tokenizer
     if not is_local(args.tokenizer_name):
-        hub_is_unreachable()  # before a library that would go on asking is imported
+        hub_is_unreachable()  # if so, what is imported later uses only its cache
     if args.load_hf is not None:
         args.config = from_transformers(args.load_hf, "--load_hf")
         args.special_tokens = special_tokens(args.config)

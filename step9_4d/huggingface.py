@@ -257,7 +257,7 @@ def main(args):
     check_room(args.save_hf, config, about["dtype"], copies=1)
     tokenizer = args.tokenizer_name or tokenizer_at(path, about)
     if not is_local(tokenizer):
-        hub_is_unreachable()  # before a library that would go on asking is imported
+        hub_is_unreachable()  # if so, what is imported later uses only its cache
     dtype = getattr(torch, about["dtype"])
     with writing(args.save_hf):
         export(path, about["files"], args.save_hf, config, dtype, tokenizer, known)

@@ -53,7 +53,7 @@ class Lock:
     def __init__(self, directory):
         self.path = Path(directory) / "LOCK"
         own = {"process": os.getpid(), "started": start_of(os.getpid())}
-        self.own = {**this_host(), **own, "token": secrets.token_hex(4)}
+        self.own = {**this_host(), **own, "token": secrets.token_hex(4)}  # of this run alone
         self.released = threading.Event()
 
     def take(self):
@@ -90,7 +90,7 @@ class Lock:
         deadline = time.monotonic() + SILENT
         while time.monotonic() < deadline and read(self.path)[1] == renewed:
             time.sleep(min(1, SILENT / 10))
-        return renewed or 0
+        return renewed or 0  # 0: there is no lock any more; None is for the first call of taken
 
     def refusal(self, holder):
         return (
