@@ -118,6 +118,7 @@ def look(student):
         with console.status(f"checking milestone {milestone}, {title} …"):
             wrong, seconds = check(student, milestone, milestone)
         if wrong:
+            student.failed(milestone, wrong)
             say(f"Milestone {milestone}, {title}: not yet ({seconds:.0f} s)", "bold red")
             say(wrong)
             return False
@@ -125,8 +126,7 @@ def look(student):
         say(f"Milestone {milestone}, {title}: reached ({seconds:.0f} s)", "bold green")
     item, lack = student.next_item()
     if item is None:
-        finish(student)
-        return True
+        return finish(student)
     show_item(student, item, lack)
     return False
 
@@ -147,25 +147,28 @@ def first_paragraph(text):
 
 
 def finish(student):
-    """The end of a step: all checks of it once more, its curve beside one process, a line."""
+    """The end of a step: all checks once more, its curve beside one process; True if they hold."""
     last = max(milestones.titles(student.own))
     say(f"All {last} milestones are reached. Once more from the first one, in your last version:")
     with console.status("checking all milestones …"):
         wrong, seconds = check(student, 1, last)
     if wrong:
         student.forget()
-        return say(wrong, "bold red")
+        say(wrong, "bold red")
+        return False
     say(f"They hold ({seconds:.0f} s).", "bold green")
     if run := CURVES.get(student.number):
         say(f"Does it train as one process does? 20 steps in float64 with {run}:")
         command = [sys.executable, "tests/convergence.py", f"{shown_from_root(student.own)} {run}"]
         if subprocess.run(command, cwd=lessons.ROOT).returncode:
-            return say("Not yet: the table says where the curves part.", "bold red")
+            say("Not yet: the table says where the curves part.", "bold red")
+            return False
     student.done()
     count = len(lessons.walk(student.ours))
     mine = count - len(student.about["skipped"])
     say(f"Step {student.number} is yours: {mine} of its {count} items you wrote.", "bold green")
-    return say(f"The whole step's tests: python -m pytest --step-dir={shown(student.own)}")
+    say(f"The whole step's tests: python -m pytest --step-dir={shown(student.own)}")
+    return True
 
 
 def shown_from_root(path):
@@ -176,8 +179,8 @@ def shown_from_root(path):
 
 
 def obey(student, word):
-    """Do what the reader asks for the item that is next."""
-    item, _ = student.next_item()
+    """Do what the reader asks for the item that is next, or that is wrong."""
+    item = student.wrong_item() or student.next_item()[0]
     if item is None:
         say("Nothing is left to write in this step.")
     elif word == "hint":
@@ -190,15 +193,8 @@ def obey(student, word):
         say(f"Item {item.number} is ours now. Your files as they were are in {before}.")
     elif word == "diff":
         for file in dict.fromkeys(piece.file for piece in item.pieces):
-            command = [
-                "git",
-                "--no-pager",
-                "diff",
-                "--no-index",
-                student.ours / file,
-                student.own / file,
-            ]
-            subprocess.run(command, cwd=lessons.ROOT)
+            command = ["git", "--no-pager", "diff", "--no-index"]
+            subprocess.run([*command, student.ours / file, student.own / file], cwd=lessons.ROOT)
 
 
 def follow(student):

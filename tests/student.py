@@ -105,7 +105,22 @@ class Student:
 
     def reached(self, milestone, seconds):
         self.about["reached"][str(milestone)] = round(seconds, 1)
+        self.about.pop("failed", None)
         self.keep()
+
+    def failed(self, milestone, told):
+        self.about["failed"] = milestone, told
+        self.keep()
+
+    def wrong_item(self):
+        """The item of a milestone that failed which the message names, or its first one."""
+        milestone, told = self.about.get("failed", (0, ""))
+        items = [item for item in lessons.walk(self.ours) if item.milestone == milestone]
+
+        def is_named(item):
+            return any(re.search(rf"\b{p.name.split('.')[-1]}\b", told) for p in item.pieces)
+
+        return next(filter(is_named, items), items[0] if items else None)
 
     def forget(self):
         """All milestones are to be checked again."""

@@ -110,6 +110,17 @@ def test_a_session(opened, home, capsys, monkeypatch):
     assert right == mine.read_text()
 
 
+def test_words_are_about_what_is_wrong(opened):
+    """After a failed check a hint is about its milestone, and about the function it names."""
+    one = opened(4)
+    one.failed(1, "the output of RowParallelLinear is off by up to 4.7")
+    assert one.wrong_item().title == "Cut by input features"
+    one.failed(1, "something is off")
+    assert one.wrong_item().number == 1
+    one.reached(1, 9)
+    assert one.wrong_item() is None
+
+
 def test_what_a_reader_breaks_is_said_and_kept(opened, monkeypatch):
     """A syntax error, a file that is gone, an endless loop: a sentence each."""
     one = opened(4)
