@@ -6,6 +6,7 @@ python tests/coach.py 4 --once     look once, and don't wait for changes
 python tests/coach.py 4 hint       a hint for what is next; each call says more
 python tests/coach.py 4 diff       your lines beside ours, for what is next
 python tests/coach.py 4 skip       take our lines for what is next
+python tests/coach.py 8 picture    what your schedule (7, 8), ring (5) or zero3 (6) did, beside ours
 python tests/coach.py quiz 4       five questions, with other numbers each time
 python tests/coach.py lab          the labs: copies of a step with one mistake in each
 python tests/coach.py lab 7        open a lab, and see what is wrong with it
@@ -31,6 +32,7 @@ from pathlib import Path
 import hints
 import lessons
 import milestones
+import pictures
 import quiz
 from coach_labs import Desk
 from labs import labs
@@ -39,7 +41,7 @@ from rich.markdown import Markdown
 from student import Student
 
 LONGEST = 150  # seconds that the checks of a milestone may take before they are ended
-WORDS = ("hint", "diff", "skip")
+WORDS = ("hint", "diff", "skip", "picture")
 CURVES = {  # flags of 8 sequences a step, for tests/convergence.py
     3: "--micro_batch_size 4 --gradient_accumulation_steps 2",
     4: "--tp_size 2 --micro_batch_size 8",
@@ -181,7 +183,9 @@ def shown_from_root(path):
 def obey(student, word):
     """Do what the reader asks for the item that is next, or that is wrong."""
     item = student.wrong_item() or student.next_item()[0]
-    if item is None:
+    if word == "picture":
+        pictures.picture(student.number, student.own, student.aside / "picture.png", say)
+    elif item is None:
         say("Nothing is left to write in this step.")
     elif word == "hint":
         level = student.next_hint(item)
@@ -209,7 +213,7 @@ def follow(student):
             if word == "skip":
                 break
             if word not in WORDS:
-                say("I know hint, diff, skip and quit.")
+                say(f"I know {', '.join(WORDS)} and quit.")
             word = wait(student)
 
 

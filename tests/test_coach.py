@@ -6,6 +6,7 @@ import sys
 import coach
 import hints
 import lessons
+import pictures
 import pytest
 import stubs
 import student
@@ -166,3 +167,24 @@ def test_an_opened_step_is_there_whole_or_not_at_all(home, monkeypatch):
     monkeypatch.setattr(stubs, "lay", lay)
     one.open(lessons.before(one.ours))
     assert student.Student(4).is_open and one.next_item()[0].number == 1
+
+
+def test_a_picture_shows_what_a_schedule_does(opened, tmp_path):
+    """Ours meets its target; without a warm-up fewer are alive, and it takes longer or stands."""
+    said, one = [], opened(8)
+    for item in lessons.walk(one.ours):
+        one.take(item)
+    pictures.picture(8, one.own, tmp_path / "picture.png", said.append)
+    assert "  stage 3 |···0aa1bb2cc3dd4ee5ff6gg7hh······|" in said
+    assert "ticks: 33 (target: 33)" in said and "alive on stage 0: 4 (target: 4)" in said
+    assert (tmp_path / "picture.png").stat().st_size > 5000
+
+    path = one.own / "pipeline_parallel.py"
+    ours = "stage.group.size - 1 - stage.group.rank, stage.micro_batches"
+    assert ours in path.read_text()
+    path.write_text(path.read_text().replace(ours, "0, stage.micro_batches"))
+    said.clear()
+    pictures.picture(8, one.own, tmp_path / "picture.png", said.append)
+    assert "ticks: 33 (target: 33)" not in said
+    with pytest.raises(lessons.LessonError, match="has no picture"):
+        pictures.picture(4, one.own, tmp_path / "picture.png", said.append)
