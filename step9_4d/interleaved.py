@@ -37,7 +37,7 @@ def passes_of(rank, ranks, chunks, count):
     distance from the last rank. (Once would do if messages took no time.) Then it does one forward
     and one backward pass in turn.
     """
-    # An evaluation has one micro-batch: a round that is not full.
+    # An evaluation plans each micro-batch alone: a round that is not full.
     rounds = [range(start, min(start + ranks, count)) for start in range(0, count, ranks)]
 
     def in_order(kind, order):
