@@ -8,6 +8,7 @@ A lab is a file in `labs/`:
     before: |                        lines of our step, as they stand there, once
     after: |                         the lines with the mistake
     run: --dp_size 2 …               flags of a run that has the mistake in it
+    ranks: 2                         of that run, where no flag says it
     loss: same                       `same`: the first ten losses are within 2 % of ours;
                                      `differs`; or `none`: the run fails
     symptoms: >                      what a person would see, without where
@@ -49,6 +50,16 @@ class Lab:
     check: str
     story: str
     source: str = ""
+    ranks: int = 0  # of a run whose flags do not say it: steps 2 and 3
+
+    @property
+    def command(self):
+        """How a learner starts the run that has the mistake, in the copy's folder."""
+        from launch import ranks_of  # torch takes its time
+
+        ranks = self.ranks or ranks_of(self.run)
+        start = f"torchrun --nproc_per_node {ranks}" if ranks > 1 else "python"
+        return f"{start} train.py {self.run.strip()}"
 
     @property
     def ours(self):
