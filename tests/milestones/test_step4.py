@@ -97,18 +97,13 @@ def test_every_matrix_is_cut(step_dir, worlds, tied):
     for name, (full, shape, counted) in first.items():
         is_norm, counted = len(full) == 1, [counted, second[name][2]]
         found = f"{name}: rank 0 has {[*shape]} of {[*full]}"
+        tag = f"apply_tensor_parallel: counted of {name} is {counted}"
         if is_norm:
             demand(shape == full, f"{found}; a norm stays whole on each rank")
-            demand(
-                counted == [True, False],
-                f"apply_tensor_parallel: counted of {name} is {counted}; one copy counts",
-            )
+            demand(counted == [True, False], f"{tag}; one copy counts")
         else:
             demand(2 * shape.numel() == full.numel(), f"{found}; a matrix is cut: see PLAN")
-            demand(
-                all(counted),
-                f"apply_tensor_parallel: counted of {name} is {counted}; each part is on one rank",
-            )
+            demand(all(counted), f"{tag}; each part is on one rank")
 
 
 @pytest.mark.milestone(4, 5)
