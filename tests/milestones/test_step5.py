@@ -2,27 +2,12 @@
 
 import numpy as np
 import pytest
-from same import SMALL, same, same_step
+import step5_ring
+from same import SMALL, demand, same, same_step
 from workers_context import attended_pairs, plain_attention, plain_rows
 from workers_setup import build
 
 pytestmark = pytest.mark.usefixtures("worlds")
-
-
-def sequence(tokens):
-    """q, k, v [2, heads, tokens, 8] of whole sequences, their attention, and a gradient of it.
-
-    The same on all ranks. A head of k and v serves two heads of q.
-    """
-    import torch
-
-    torch.manual_seed(0)
-    q, grad = torch.randn(2, 2, 4, tokens, 8).double()
-    k, v = torch.randn(2, 2, 2, tokens, 8).double()
-    q, k, v = (x.requires_grad_() for x in (q, k, v))
-    out = plain_attention(q, k, v, torch.ones(tokens, tokens, dtype=torch.bool).tril())
-    out.backward(grad)
-    return q, k, v, out.detach(), grad
 
 
 # --- 1. two blocks of a softmax -------------------------------------------------------------------
@@ -39,7 +24,7 @@ def two_blocks(name):
     from context_parallel import merge
 
     kernel = getattr(attention_blocks, name)
-    *whole, out, grad = sequence(12)
+    *whole, out, grad = step5_ring.sequence(12)
     q, k, v = (x.detach() for x in whole)
     early, late = slice(0, 6), slice(6, 12)
     scores = q[:, :, late] @ k.repeat_interleave(2, dim=1).mT * 8**-0.5
@@ -118,17 +103,37 @@ def test_a_kernel_for_each_dtype(step_dir, worlds):
 # --- 2. who holds what, and who attends to what ---------------------------------------------------
 
 
+def dealt_out(size):
+    """The positions of each rank in a sequence of two tokens a chunk."""
+    from types import SimpleNamespace
+
+    from context_parallel import zigzag_positions
+
+    groups = [SimpleNamespace(size=size, rank=rank) for rank in range(size)]
+    return [zigzag_positions(4 * size, group).tolist() for group in groups]
+
+
 @pytest.mark.milestone(5, 2)
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_zigzag(step_dir, worlds, size):
+    (found,) = worlds(step_dir, 1).run(dealt_out, size)
+    every = [*range(4 * size)]
+    for rank, positions in enumerate(found):
+        early, late = 2 * rank, 4 * size - 2 * rank - 2
+        due = every[early : early + 2] + every[late : late + 2]
+        said = f"zigzag_positions: of {4 * size} tokens rank {rank} of {size} has {positions}, not "
+        demand(positions == due, f"{said}{due}: chunk {rank} from the front, and from the back")
+
+
+@pytest.mark.milestone(5, 2)
+@pytest.mark.parametrize("size", [2, 3])
+def test_who_attends_to_whom(step_dir, worlds, size):
     (found,) = worlds(step_dir, 1).run(attended_pairs, 4 * size, size)
     due = np.tril(np.ones((4 * size, 4 * size)))
     for query, key in zip(*np.nonzero(sum(found) != due), strict=True):
         times = sum(found)[query, key]
-        pytest.fail(
-            f"on {size} ranks query {query} attends {times:g} times to key {key}; it should be "
-            f"{due[query, key]:g}: look at zigzag_positions and the three cases of `attending`"
-        )
+        found = f"on {size} ranks query {query} attends {times:g} times to key {key}; it should be "
+        demand(False, f"{found}{due[query, key]:g}: look at the three cases of `attending`")
     work = [int(pairs.sum()) for pairs in found]
     assert len(set(work)) == 1, f"the ranks attend to {work} pairs; each should have as many"
 
@@ -172,140 +177,20 @@ def test_a_rank_reads_its_chunks(step_dir, worlds, size):
 # --- 3. the ring ----------------------------------------------------------------------------------
 
 
-def setting():
-    """This rank's cp group, positions, q and kv; and the whole: q, k, v, out, gradient of out."""
-    import torch
-
-    import process_group as pg
-    from context_parallel import zigzag_positions
-
-    pg.init_processes("cpu")
-    group = pg.Mesh(cp=torch.distributed.get_world_size()).group("cp")
-    whole = sequence(6 * group.size)
-    mine = zigzag_positions(6 * group.size, group)
-    q, k, v = (x.detach()[:, :, mine] for x in whole[:3])
-    kv = (
-        torch.stack([k, v]).transpose(2, 3).contiguous()
-    )  # [2, batch, seq / cp, kv_heads, head_dim]
-    return group, mine, q.requires_grad_(), kv.requires_grad_(), whole
-
-
-def events_of(function):
-    """What function() returns, and the order in which this rank sends, computes and waits.
-
-    Messages are numbered: "send 0", "compute", "wait 0".
-    """
-    from unittest.mock import patch
-
-    import context_parallel
-    import process_group as pg
-
-    events, exchange = [], pg.exchange
-
-    class Handle:
-        def __init__(self, handle, number):
-            self.handle, self.number = handle, number
-
-        def wait(self):
-            events.append(f"wait {self.number}")
-            self.handle.wait()
-
-    def watched(group, send, receive):
-        ((_, to),), ((_, by),) = send, receive
-        number = sum(event.startswith("send") for event in events)
-        events.append(f"send {number}")
-        giver = (2 * group.rank - to) % group.size
-        assert by == giver, (
-            f"rank {group.rank} of {group.size} sends to rank {to} and expects a message from rank "
-            f"{by}; it should be from rank {giver}, as far before it as rank {to} is after it"
-        )
-        return [Handle(handle, number) for handle in exchange(group, send, receive)]
-
-    def computed(name):
-        compute = getattr(context_parallel, name)
-
-        def instead(*args):
-            events.append("compute")
-            return compute(*args)
-
-        return patch.object(context_parallel, name, instead)
-
-    with patch.object(pg, "exchange", watched), computed("forward_block"):
-        with computed("backward_block"):
-            return function(), events
-
-
-def check_overlap(events):
-    """Demand that each message has a block to travel behind."""
-    sends = [event for event in events if event.startswith("send")]
-    for send in sends:
-        wait = send.replace("send", "wait")
-        assert wait in events, f"message {send[5:]} is never waited for: {events}"
-        assert "compute" in events[events.index(send) : events.index(wait)], (
-            f"nothing is computed while message {send[5:]} travels: {events}. First send, then "
-            "compute with a block, then wait"
-        )
-    return len(sends), events.count("compute")
-
-
-def forward():
-    from context_parallel import Ring, RingAttention
-
-    group, mine, q, kv, whole = setting()
-    ring = Ring(group, None)
-    out, events = events_of(lambda: RingAttention.apply(q, kv, ring))
-    hint = (
-        "attention of our queries to all earlier keys. Is each block that of the `source` that "
-        "travel names? Is it merged into the rows that attend to it?"
-    )
-    same(out, whole[3][:, :, mine], "the output of RingAttention", hint)
-    found = check_overlap(events)
-    assert found == (group.size - 1, group.size), (
-        f"{group.size} ranks: {found[0]} messages and {found[1]} blocks in a forward pass; there "
-        f"should be {group.size - 1} and {group.size}: the last block is not sent on"
-    )
-
-
 @pytest.mark.milestone(5, 3)
 @pytest.mark.parametrize("size", [2, 3])
 def test_blocks_go_round_the_ring(step_dir, worlds, size):
-    worlds(step_dir, size).run(forward)
+    worlds(step_dir, size).run(step5_ring.forward)
 
 
 # --- 4. the way back ------------------------------------------------------------------------------
 
 
-def backward():
-    from context_parallel import Ring, RingAttention
-    from ledger import recorded
-
-    group, mine, q, kv, (whole_q, whole_k, whole_v, _, grad) = setting()
-    out = RingAttention.apply(q, kv, Ring(group, None))
-    with recorded() as traffic:
-        _, events = events_of(lambda: out.backward(grad[:, :, mine]))
-    hint = "the sum of the shares of all blocks that our queries attend to"
-    same(q.grad, whole_q.grad[:, :, mine], "the gradient of q", hint)
-    hint = "the sum of the shares of all ranks whose queries attend to them: each is sent home once"
-    for what, found, x in zip("kv", kv.grad.transpose(2, 3), (whole_k, whole_v), strict=True):
-        same(found, x.grad[:, :, mine], f"the gradient of {what}", hint)
-    n, rank, block = group.size, group.rank, kv.nbytes
-    found = check_overlap(events)
-    assert found == (2 * n - 3, n), (
-        f"{n} ranks: {found[0]} messages and {found[1]} blocks in a backward pass; there should be "
-        f"{n - 2} messages with blocks (the first is still there, the last is our own), {n - 1} "
-        f"with gradients, and {n} blocks"
-    )
-    size, due = traffic["cp", "send"][1], (2 * n - 3 - rank) * block + rank * block // 2
-    assert size == due, (
-        f"rank {rank} of {n} sends {size:,} bytes, not {due:,}: a share has the keys that were "
-        "attended to, and the dtype of k and v"
-    )
-
-
 @pytest.mark.milestone(5, 4)
 @pytest.mark.parametrize("size", [2, 3])
 def test_gradients_come_home(step_dir, worlds, size):
-    worlds(step_dir, size).run(backward)
+    worlds(step_dir, size).run(step5_ring.shares_home)
+    worlds(step_dir, size).run(step5_ring.backward)
 
 
 # --- 5. the whole model ---------------------------------------------------------------------------
