@@ -94,11 +94,14 @@ class Whole:
             meaning = f"the sum over {MICRO_BATCHES} micro-batches, each divided by targets_in_all"
             same(weight.grad, self.gradients[name], f"the gradient of {name}", meaning)
 
-    def same_loss(self, stage):
+    def same_loss(self, stage, where=""):
         total = self.loss if stage.after is None else self.loss * 0
-        words = "the sum of all micro-batches' losses, each divided by targets_in_all"
-        what = f"the loss of stage {stage.group.rank}, self.total,"
-        assert stage.total.dtype == total.dtype, f"{what} is {stage.total.dtype}, not float64"
+        words = "the sum of all micro-batches' losses, each divided by targets_in_all. Stage.begin "
+        words += "sets it to zero, Stage.forward adds to it"
+        what = f"{where}The loss of stage {stage.group.rank}, self.total,"
+        assert stage.total.dtype == total.dtype, (
+            f"{what} is {stage.total.dtype}; Stage.begin should make it float64"
+        )
         same(stage.total, total, what, words if stage.after is None else "zero, as it has no loss")
 
 
