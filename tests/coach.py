@@ -95,13 +95,21 @@ def run_checks(flags, own):
 
 def in_words(said, own):
     """What the checks found, out of what pytest printed."""
-    errors = re.findall(r"^E +(.+)$", said, re.MULTILINE) or said.strip().splitlines()[-8:]
+    errors = re.findall(r"^E +(.+)$", said, re.MULTILINE)
+    errors = errors or re.findall(r"^_+ test_.* _+\n(.+)$", said, re.MULTILINE)  # without a trace
+    errors = errors or said.strip().splitlines()[-8:]
     found = re.sub(r"^[\w.]*Error: (rank \d+ of \d+ failed: )?(AssertionError: )?", "", errors[0])
     where = re.findall(r"^E +File \"(.+?)\", line (\d+), in (\w+)\nE +(.+)$", said, re.MULTILINE)
-    own = [f"{os.path.basename(f)}, line {n}, in {name}: {line}" for f, n, name, line in where
-           if Path(f).parent == own]  # fmt: skip
+    own = [f"{os.path.basename(f)}, line {n}, in {whole_name(f, int(n), name)}: {line}"
+           for f, n, name, line in where if Path(f).parent == own]  # fmt: skip
     news = re.findall(r"^(Milestone .*)$", said, re.MULTILINE)
     return "\n".join([found, *own[-1:], *news[-1:]])
+
+
+def whole_name(file, line, name):
+    """`Class.method` where a line of a file is in a method, else the name."""
+    found = lessons.definitions_in(Path(file).read_text())
+    return next((n for n, at in found.items() if line in at and n.split(".")[-1] == name), name)
 
 
 # --- one look -------------------------------------------------------------------------------------
