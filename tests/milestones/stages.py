@@ -143,11 +143,14 @@ def answered(world, function, *args, timeout=20):
 def same_layout(step_dir, worlds, train_on, size, flags, one, hint):
     """Demand that a layout trains as one process does, with the flags of the one process.
 
-    hint: what is usually wrong if it does not.
+    hint: what is usually wrong if it does not; or several by what differs first, as in {"loss": …}.
     """
     reference = train_on(step_dir, 1, SMALL + one, 2)
     try:
         ranks = answered(worlds(step_dir, size), run_steps, (SMALL + flags).split(), 2)
         Run(ranks).assert_same_as(reference)
     except AssertionError as error:
-        raise AssertionError(f"{error}\n{hint}") from None
+        first, _, rest = str(error).partition("\n")  # a reader is shown the first line
+        if isinstance(hint, dict):
+            hint = next((words for start, words in hint.items() if first.startswith(start)), "")
+        raise AssertionError(f"{first}. {hint}\n{rest}") from None

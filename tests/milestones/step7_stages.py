@@ -157,8 +157,10 @@ def stages_by_hand(count):
             stage, what = pairs[rank][0], f"what Stage.backward of stage {rank} returns"
             grad = stage.backward(grad)
             if rank:
-                words = "Stage.forward should make what arrives a leaf, with requires_grad_()"
-                assert grad is not None, f"{what} is None. {words}"
+                assert grad is not None, (
+                    f"{what} is None. It should be x.grad; for that Stage.forward makes what "
+                    "arrives a leaf, with requires_grad_()"
+                )
                 what += " first" if not number else f" as number {number}"
                 due = whole.inputs[firsts[rank]][number].grad
                 same(grad, due, what, f"x.grad of micro-batch {number}, the oldest: popleft()")
@@ -195,12 +197,12 @@ def without_a_neighbour(stage):
     sent, x = [], torch.ones(stage.shape, dtype=torch.float64)
     with patch.object(pg, "exchange", exchange):
         stage.talk(1, send=x.transpose(0, 1))
+        assert not waited, (
+            "Stage.talk waits for a send alone at once; meanwhile the stage could compute"
+        )
         assert sent[0]() is not None, (
             "Stage.talk should keep what it sends, in stage.sending, until it has been sent: else "
             "its memory is used again too early"
-        )
-        assert not waited, (
-            "Stage.talk waits for a send alone at once; meanwhile the stage could compute"
         )
         stage.finish_sends()
         assert waited and not stage.sending, (
@@ -356,3 +358,11 @@ def program(argv):
     import train
 
     train.main(train.parse_args(argv.split()))
+
+
+def write_spans(path, spans):
+    import torch
+
+    from timeline import Timeline
+
+    Timeline(path, torch.device("cpu")).write_spans(spans)

@@ -129,16 +129,20 @@ def test_only_the_own_weights_are_made(step_dir, worlds):
 
 @pytest.mark.milestone(7, 5)
 def test_two_stages_train_as_one_process(step_dir, worlds, train_on):
-    hint = "If only the loss or the norm differs: a group in train.py that does not contain pp."
-    same_layout(step_dir, worlds, train_on, 2, FOUR + "--pp_size 2", ONE, hint)
+    hints = {
+        "loss": "Each stage has a part of the sum over the micro-batches, most of them zero: does "
+        "mean_loss in train.py sum over pp as well?",
+        "grad_norm": "Each stage has other weights: does train_step in train.py give gradient_norm "
+        "a group that contains pp?",
+    }
+    same_layout(step_dir, worlds, train_on, 2, FOUR + "--pp_size 2", ONE, hints)
 
 
 @pytest.mark.milestone(7, 5)
 def test_tied_embeddings_on_three_stages(step_dir, worlds, train_on):
     hint = (
-        "Untied it is right. Usually the ends do not add up their gradients of the tied weight "
-        "(another value), count it twice in the norm, or the stage in between made no group "
-        "(stages wait for each other)."
+        "Untied it is right. Does sum_shared_gradients add up the gradients of the two ends, and "
+        "does forward_backward in train.py call it?"
     )
     tied = "--tie_word_embeddings yes "
     same_layout(step_dir, worlds, train_on, 3, FOUR + tied + "--pp_size 3", ONE + tied, hint)
@@ -146,9 +150,33 @@ def test_tied_embeddings_on_three_stages(step_dir, worlds, train_on):
 
 @pytest.mark.milestone(7, 5)
 def test_zero3_in_a_pipeline(step_dir, worlds, train_on):
-    hint = "Without zero3 it is right: look at Zero3.after_model, which fetches weights again."
+    hints = {
+        "grad_norm": "With zero3 a rank has shards of the gradients: does the group in train_step "
+        "contain engine.axes?"
+    }
+    hints[""] = "Without zero3 it is right: look at Zero3.after_model, which fetches weights again."
     flags = FOUR + "--pp_size 2 --dp_size 2 --dp_engine zero3 --gradient_accumulation_steps 2"
-    same_layout(step_dir, worlds, train_on, 4, flags, ONE, hint)
+    same_layout(step_dir, worlds, train_on, 4, flags, ONE, hints)
+
+
+@pytest.mark.milestone(7, 5)
+def test_spans_are_events_of_a_trace(step_dir, worlds, tmp_path):
+    path = tmp_path / "timeline.json"
+    spans = [[("forward", 7.5, 8.0)], [("wait", 7.0, 7.75), ("forward", 8.0, 8.5)]]
+    worlds(step_dir, 1).run(step7_stages.write_spans, path, spans)
+    found = [
+        {key: event.get(key) for key in ("name", "ph", "tid", "ts", "dur")}
+        for event in json.loads(path.read_text())["traceEvents"]
+    ]
+    due = [
+        {"name": name, "ph": "X", "tid": rank, "ts": (start - 7) * 1e6, "dur": (end - start) * 1e6}
+        for rank, of_rank in enumerate(spans) for name, start, end in of_rank
+    ]  # fmt: skip
+    for one, other in itertools.zip_longest(found, due):
+        assert one == other, (
+            f"Timeline.write_spans writes the event {one}, not {other}: microseconds since the "
+            "first start, a row (tid) for each rank"
+        )
 
 
 @pytest.mark.milestone(7, 5)
@@ -161,6 +189,9 @@ def test_the_program_writes_a_timeline(step_dir, worlds, tmp_path):
     events = json.loads(path.read_text())["traceEvents"]
     for rank in (0, 1):
         names = [event["name"] for event in events if event["tid"] == rank]
-        assert names.count("backward") == 2, f"rank {rank}: {names.count('backward')}, not 2 spans"
+        assert names.count("backward") == 2, (
+            f"the timeline has {names.count('backward')} backward passes of rank {rank}, not 2: "
+            "Timeline.write gathers the spans of all ranks"
+        )
         assert "wait" in names, f"rank {rank} should have a span for waiting"
     assert min(event["ts"] for event in events) == 0, "the trace should begin at 0 microseconds"
