@@ -3,7 +3,7 @@
 import types
 
 from harness import RankError, Run, run_steps
-from same import SMALL, same
+from same import SMALL, in_one_line, same
 
 LAYERS, MICRO_BATCHES, TOKENS = 4, 4, 2 * 32  # of a micro-batch
 
@@ -122,9 +122,13 @@ def orders_of(stage):
     return order, alive
 
 
+WAITING = (
+    "Usually one stage waits for a message that the other has not sent, or both wait until their "
+    "sends are received"
+)
 MEANINGS = {
-    " took over ": "Stages wait for each other. Usually one waits for a message that the other has "
-    "not sent, or both wait until their sends are received.",
+    " took over ": WAITING,
+    "deadlock: ": WAITING,
     "implicitly created only for scalar": "A stage before the last went backward with no gradient. "
     "It should receive one from the stage after it.",
 }
@@ -135,22 +139,17 @@ def answered(world, function, *args, timeout=20):
     try:
         return world.run(function, *args, timeout=timeout)
     except RankError as error:
-        for text, meaning in MEANINGS.items():
-            assert text not in str(error), f"{error}\n{meaning}"
-        raise
+        raise RankError(in_one_line(error, MEANINGS)) from None
 
 
 def same_layout(step_dir, worlds, train_on, size, flags, one, hint):
     """Demand that a layout trains as one process does, with the flags of the one process.
 
-    hint: what is usually wrong if it does not; or several by what differs first, as in {"loss": …}.
+    hint: what is usually wrong if it does not; see `in_one_line`.
     """
     reference = train_on(step_dir, 1, SMALL + one, 2)
     try:
         ranks = answered(worlds(step_dir, size), run_steps, (SMALL + flags).split(), 2)
         Run(ranks).assert_same_as(reference)
     except AssertionError as error:
-        first, _, rest = str(error).partition("\n")  # a reader is shown the first line
-        if isinstance(hint, dict):
-            hint = next((words for start, words in hint.items() if first.startswith(start)), "")
-        raise AssertionError(f"{first}. {hint}\n{rest}") from None
+        raise AssertionError(in_one_line(error, hint)) from None

@@ -130,10 +130,10 @@ def test_only_the_own_weights_are_made(step_dir, worlds):
 @pytest.mark.milestone(7, 5)
 def test_two_stages_train_as_one_process(step_dir, worlds, train_on):
     hints = {
-        "loss": "Each stage has a part of the sum over the micro-batches, most of them zero: does "
-        "mean_loss in train.py sum over pp as well?",
-        "grad_norm": "Each stage has other weights: does train_step in train.py give gradient_norm "
-        "a group that contains pp?",
+        "loss of step": "Only the last stage has a loss, and the others zero: does mean_loss in "
+        "train.py sum over pp as well?",
+        "grad_norm of step": "Each stage has other weights: does train_step in train.py give "
+        "gradient_norm a group that contains pp?",
     }
     same_layout(step_dir, worlds, train_on, 2, FOUR + "--pp_size 2", ONE, hints)
 
@@ -151,10 +151,10 @@ def test_tied_embeddings_on_three_stages(step_dir, worlds, train_on):
 @pytest.mark.milestone(7, 5)
 def test_zero3_in_a_pipeline(step_dir, worlds, train_on):
     hints = {
-        "grad_norm": "With zero3 a rank has shards of the gradients: does the group in train_step "
-        "contain engine.axes?"
+        "grad_norm of step": "With zero3 a rank has shards of the gradients: does the group in "
+        "train_step contain engine.axes?",
+        "": "Without zero3 it is right: look at Zero3.after_model, which fetches weights again.",
     }
-    hints[""] = "Without zero3 it is right: look at Zero3.after_model, which fetches weights again."
     flags = FOUR + "--pp_size 2 --dp_size 2 --dp_engine zero3 --gradient_accumulation_steps 2"
     same_layout(step_dir, worlds, train_on, 4, flags, ONE, hints)
 
