@@ -1,5 +1,7 @@
 """What the checks of milestones compare, in words for the one who has just written the code."""
 
+import re
+
 SMALL = (
     "--seed 3 --dtype float64 --num_hidden_layers 2 --hidden_size 32 --num_attention_heads 4 "
     "--num_key_value_heads 2 --intermediate_size 48 --seq_len 16 --micro_batch_size 2 "
@@ -13,6 +15,20 @@ def demand(good, sentence):
 
     if not good:
         pytest.fail(sentence, pytrace=False)
+
+
+def in_one_line(error, hint):
+    """The text of an error with a hint in its first line, which is what a reader is shown.
+
+    hint: a text, or several by a text that this line has, of which the first one holds. Of ranks
+    that wait for each other the line says where each of them waits.
+    """
+    first, *rest = str(error).splitlines()
+    if isinstance(hint, dict):
+        hint = next((words for text, words in hint.items() if text in first), "")
+    if re.match(r"deadlock|ranks .* took over", first):
+        first = ". ".join([first, *(line for line in rest if re.match(r"rank \d+ \w+ ", line))])
+    return "\n".join([f"{first}. {hint}", *rest])
 
 
 def same(found, expected, what, meaning, tolerance=1e-12):

@@ -3,7 +3,7 @@
 import types
 
 from harness import RankError, Run, run_steps
-from same import SMALL, same
+from same import SMALL, in_one_line, same
 
 LAYERS, MICRO_BATCHES, TOKENS = 4, 4, 2 * 32  # of a micro-batch
 
@@ -94,11 +94,14 @@ class Whole:
             meaning = f"the sum over {MICRO_BATCHES} micro-batches, each divided by targets_in_all"
             same(weight.grad, self.gradients[name], f"the gradient of {name}", meaning)
 
-    def same_loss(self, stage):
+    def same_loss(self, stage, where=""):
         total = self.loss if stage.after is None else self.loss * 0
-        words = "the sum of all micro-batches' losses, each divided by targets_in_all"
-        what = f"the loss of stage {stage.group.rank}, self.total,"
-        assert stage.total.dtype == total.dtype, f"{what} is {stage.total.dtype}, not float64"
+        words = "the sum of all micro-batches' losses, each divided by targets_in_all. Stage.begin "
+        words += "sets it to zero, Stage.forward adds to it"
+        what = f"{where}The loss of stage {stage.group.rank}, self.total,"
+        assert stage.total.dtype == total.dtype, (
+            f"{what} is {stage.total.dtype}; Stage.begin should make it float64"
+        )
         same(stage.total, total, what, words if stage.after is None else "zero, as it has no loss")
 
 
@@ -119,9 +122,13 @@ def orders_of(stage):
     return order, alive
 
 
+WAITING = (
+    "Usually one stage waits for a message that the other has not sent, or both wait until their "
+    "sends are received"
+)
 MEANINGS = {
-    " took over ": "Stages wait for each other. Usually one waits for a message that the other has "
-    "not sent, or both wait until their sends are received.",
+    " took over ": WAITING,
+    "deadlock: ": WAITING,
     "implicitly created only for scalar": "A stage before the last went backward with no gradient. "
     "It should receive one from the stage after it.",
 }
@@ -132,19 +139,17 @@ def answered(world, function, *args, timeout=20):
     try:
         return world.run(function, *args, timeout=timeout)
     except RankError as error:
-        for text, meaning in MEANINGS.items():
-            assert text not in str(error), f"{error}\n{meaning}"
-        raise
+        raise RankError(in_one_line(error, MEANINGS)) from None
 
 
 def same_layout(step_dir, worlds, train_on, size, flags, one, hint):
     """Demand that a layout trains as one process does, with the flags of the one process.
 
-    hint: what is usually wrong if it does not.
+    hint: what is usually wrong if it does not; see `in_one_line`.
     """
     reference = train_on(step_dir, 1, SMALL + one, 2)
     try:
         ranks = answered(worlds(step_dir, size), run_steps, (SMALL + flags).split(), 2)
         Run(ranks).assert_same_as(reference)
     except AssertionError as error:
-        raise AssertionError(f"{error}\n{hint}") from None
+        raise AssertionError(in_one_line(error, hint)) from None

@@ -6,7 +6,7 @@ What runs on the ranks is in step6_engines.py and step6_zero.py.
 import pytest
 import step6_engines
 import step6_zero
-from same import same_step
+from same import in_one_line, same_step
 
 pytestmark = pytest.mark.usefixtures("worlds")
 
@@ -20,13 +20,15 @@ def test_each_rank_reads_its_own_sequences(step_dir, worlds, size, micro_batches
     world = worlds(step_dir, size)
     whole = world.run(step6_engines.sequences, size * micro_batches, True)[0]
     ranks = world.run(step6_engines.sequences, micro_batches, False)
-    for part, what in enumerate(["of two steps", "held out"]):
+    for part, what in enumerate(["of a step", "of two steps", "held out"]):
         found = sorted(first for rank in ranks for first in rank[part])
-        due = sorted(whole[part])
+        due, words = sorted(whole[part]), ", each rank every n-th, beginning with its own rank"
+        words = f"Batches.load deals out the micro-batches of a step{words}"
+        if part == 1:
+            words = "the batch_size of Batches.__init__ counts the sequences of all ranks"
         assert found == due, (
             f"the ranks together read {len(found)} sequences {what}, {len(set(found))} different "
-            f"ones; one process reads {len(due)}, {len(set(due))} different ones. Each rank takes "
-            "every n-th micro-batch, beginning with its own rank; a step is n times as large"
+            f"ones; one process reads {len(due)}, {len(set(due))} different ones: {words}"
         )
 
 
@@ -47,16 +49,20 @@ def test_naive(step_dir, worlds, size):
 def test_a_bucket(step_dir, worlds, size):
     share = -(-8 // size)
     due = [(rank * share, (rank + 1) * share) for rank in range(size)]
-    found = worlds(step_dir, size).run(step6_engines.a_bucket)
-    assert found == due, f"Bucket.mine of the ranks is {found}; it should be {due}, equal shards"
+    found = worlds(step_dir, size).run(step6_engines.shards_of_a_bucket)
+    assert found == [(share * size, *mine) for mine in due], (
+        f"Bucket.__init__, 8 numbers on {size} ranks: (length, beginning and end of `mine`) of the "
+        f"ranks is {found}; the shards should be {due}, equally long, and rounded up"
+    )
+    worlds(step_dir, size).run(step6_engines.a_bucket)
 
 
 @pytest.mark.milestone(6, 3)
 def test_parameters_are_cut_by_size(step_dir, worlds):
     (found,) = worlds(step_dir, 1).run(step6_engines.cuts)
-    assert found == [[3, 2, 1], [9], [4]], (
-        f"cut_by_size cuts 3, 2, 1, 9, 4 by at most 6 into {found}; neighbours stay together while "
-        "they fit, and a larger one is alone"
+    assert found == [[3, 2, 1], [9], [4, 2]], (
+        f"cut_by_size cuts 3, 2, 1, 9, 4, 2 by at most 6 into {found}; neighbours stay together "
+        "while they fit, and a larger one is alone"
     )
 
 
@@ -64,14 +70,15 @@ def test_parameters_are_cut_by_size(step_dir, worlds):
 
 
 @pytest.mark.milestone(6, 4)
-@pytest.mark.parametrize("size", [2, 3])
-def test_buckets_are_summed(step_dir, worlds, size):
-    worlds(step_dir, size).run(step6_engines.bucketed)
+def test_buckets_are_sent_in_the_last_backward_pass(step_dir, worlds):
+    worlds(step_dir, 1).run(step6_engines.hooks_and_buckets)
+    worlds(step_dir, 2).run(step6_engines.bucket_messages)
 
 
 @pytest.mark.milestone(6, 4)
-def test_buckets_are_sent_in_the_last_backward_pass(step_dir, worlds):
-    worlds(step_dir, 2).run(step6_engines.bucket_messages)
+@pytest.mark.parametrize("size", [2, 3])
+def test_buckets_are_summed(step_dir, worlds, size):
+    worlds(step_dir, size).run(step6_engines.bucketed)
 
 
 # --- 5. the training step -------------------------------------------------------------------------
@@ -84,7 +91,7 @@ def same_training(hint, *args, **options):
     try:
         same_step(*args, **options)
     except AssertionError as error:
-        raise AssertionError(f"{error}. {hint}") from None
+        raise AssertionError(in_one_line(error, hint)) from None
 
 
 @pytest.mark.milestone(6, 5)
@@ -96,21 +103,39 @@ def test_the_engine_of_a_name(step_dir, worlds):
     ):
         found = worlds(step_dir, size).run(step6_engines.engine_of, name, size)
         assert found == [due] * size, (
-            f"--dp_engine {name} on {size} ranks gives {found}; it should be {due} on each"
+            f"data_parallel: --dp_engine {name} on {size} ranks gives {found}; it should be {due} "
+            "on each"
         )
+
+
+@pytest.mark.milestone(6, 5)
+def test_a_step_calls_the_engine(step_dir, worlds):
+    ((last, calls),) = worlds(step_dir, 1).run(step6_engines.calls_of_a_step)
+    assert last == [False, False, True], (
+        f"mean_loss: engine.last_backward was {last} in the three backward passes of a step; it "
+        "should be true in the last one, and set before it begins"
+    )
+    due = ["zero_grad", "finish_gradients", "gradient_norm", "optimizer.step", "finish_update"]
+    assert calls == due, (
+        f"a step calls {', '.join(calls)}; it should call {', '.join(due)}: finish_gradients in "
+        "forward_backward, the others in train_step"
+    )
 
 
 @pytest.mark.milestone(6, 5)
 @pytest.mark.parametrize("engine", ["naive", "bucket"])
 def test_a_step_is_that_of_one_process(step_dir, train_on, engine):
     flags = f"--dp_size 2 --gradient_accumulation_steps 2 --dp_engine {engine}"
-    hint = "Does mean_loss set last_backward, and does forward_backward call finish_gradients?"
+    hint = {"the loss of step": "Does mean_loss sum over engine.group?", "": "Look at train.py."}
     same_training(hint, step_dir, train_on, 2, flags, one=FOUR)
 
 
 @pytest.mark.milestone(6, 5)
 def test_ranks_along_cp_are_summed_too(step_dir, train_on):
-    hint = 'Has the engine mesh.group("dp", "cp")? Ranks along cp read other tokens, too.'
+    hint = (
+        'In setup the engine gets mesh.group("dp", "cp"), as ranks along cp read other tokens, and '
+        'Batches gets mesh.group("dp"), as they read the same sequences'
+    )
     same_training(hint, step_dir, train_on, 2, "--cp_size 2 " + FOUR, one=FOUR)
 
 
@@ -141,15 +166,19 @@ def test_zero1(step_dir, worlds, size):
 def test_gradients_on_their_way_are_bounded(step_dir, worlds):
     most, allowed = worlds(step_dir, 2).run(step6_zero.little_on_its_way)[0]
     assert most <= allowed, (
-        f"{most} bytes of gradients are on their way, `most_bytes` is {allowed}: `reduce` waits "
-        "for the oldest ones before it sends"
+        f"{most} bytes of gradients are on their way, `most_bytes` is {allowed}: Zero1.reduce "
+        "waits for the oldest ones before it sends"
     )
 
 
 @pytest.mark.milestone(6, 7)
 def test_a_step_with_zero1(step_dir, train_on):
     flags = "--dp_size 2 --dp_engine zero1 --gradient_accumulation_steps 2"
-    hint = "Are the squares of all shards in the norm (axes)? Are the updated shards gathered?"
+    hint = {
+        "grad_norm of step": "Are the squares of all shards in the norm? Zero1.axes says along "
+        "which axes the ranks have other shards, and train_step adds them to the group",
+        "": "Are the updated shards gathered?",
+    }
     same_training(hint, step_dir, train_on, 2, flags, one=FOUR)
 
 
@@ -185,25 +214,7 @@ def test_weights_come_and_go(step_dir, worlds, size):
 def test_a_layer_and_the_next_are_whole(step_dir, worlds):
     world = worlds(step_dir, 2)
     for flags in ({}, {"checkpointing": True}, {"dtype": "bfloat16"}):
-        forward, again, left, embedding, same_dtype, gathers = world.run(
-            step6_zero.whole_layers, flags
-        )[0]
-        due = [[0, 1], [1, 2], [2, 3], [3, 4], [4]]
-        assert forward == due, (
-            f"in the second forward pass the whole layers are {forward}; they should be {due}"
-        )
-        due = [[3, 4], [2, 3], [1, 2], [0, 1], [0]] if flags.get("checkpointing") else []
-        assert again == due, f"recomputed, the whole layers are {again}; they should be {due}"
-        assert not left, f"after the backward pass the layers {left} are still whole"
-        assert not embedding, "the embedding is still whole when the first layer computes"
-        cast = flags.get("dtype") == "bfloat16"
-        assert all(equal != cast for equal in same_dtype), (
-            "layers are gathered in the dtype of the computation; their shards stay float32"
-        )
-        assert gathers == 12, (
-            f"{gathers} all-gathers; 12 would do: 5 layers, norms, embedding and head forward, 4 "
-            "layers backward. The last layer stays, the embedding is not needed again"
-        )
+        world.run(step6_zero.whole_layers, flags)
 
 
 @pytest.mark.milestone(6, 10)
