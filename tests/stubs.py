@@ -27,10 +27,27 @@ def lay(ours, start, own):
         is_there = past is not None and past.exists()
         if is_there and past.read_text() == path.read_text() and (own / path.name).exists():
             continue
-        text = path.read_text() if lessons.is_no_lesson(path) else stubbed(path, lessons.walk(ours))
+        whole = lessons.is_no_lesson(path) or path.name in later(ours)
+        text = path.read_text() if whole else stubbed(path, lessons.walk(ours))
         if is_there and not lessons.is_no_lesson(path):
             text = with_imports((own / path.name).read_text(), path.read_text())
         (own / path.name).write_text(text)
+
+
+def later(ours):
+    """{file: its first milestone} of files that are shown only after the last one of README.md.
+
+    The program needs them before: they are laid whole, and become stubs when their page begins.
+    """
+    walk = lessons.walk(ours)
+    last = max(item.milestone for item in walk if item.page == "README.md")
+    first = {}
+    for item in walk:
+        for piece in item.pieces:
+            first.setdefault(piece.file, item.milestone)
+    past = lessons.before(ours)
+    new = {name for name in first if not (past and (past / name).exists())}
+    return {name: first[name] for name in sorted(new) if first[name] > last}
 
 
 # --- a new file -----------------------------------------------------------------------------------

@@ -91,12 +91,32 @@ class Student:
         for item in lessons.walk(self.ours):
             if sentence := self.lack(item):
                 return item, sentence
+        if self.waits_for() and all(map(self.is_reached, range(1, self.waits_for()))):
+            self.lay_later()
+            return self.next_item()
         return None, ""
+
+    def waits_for(self):
+        """The first milestone of further pages whose files are not stubs yet; 0 for none."""
+        return (
+            0 if self.about.get("later_laid") else min(stubs.later(self.ours).values(), default=0)
+        )
+
+    def lay_later(self):
+        """The lesson's first page is done: now the files of the further pages become stubs."""
+        for file in stubs.later(self.ours):
+            self.back_up(file)
+            text = stubs.stubbed(self.ours / file, lessons.walk(self.ours))
+            (self.own / file).write_text(text)
+        self.about["later_laid"] = True
+        self.keep()
 
     def written(self):
         """The number of the last milestone all of whose items are written; 0 for none."""
         item, _ = self.next_item()
-        return item.milestone - 1 if item else max(milestones.titles(self.own))
+        if item:
+            return item.milestone - 1
+        return self.waits_for() - 1 if self.waits_for() else max(milestones.titles(self.own))
 
     # --- how far ------------------------------------------------------------------------------
 

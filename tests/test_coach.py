@@ -41,8 +41,12 @@ def without_imports(text):
 def test_from_stubs_to_our_step(opened, number):
     """The items that are next, each taken from us, lead to our step."""
     one, seen = opened(number), []
-    while (found := one.next_item())[0]:
+    while (found := one.next_item())[0] or one.waits_for():
         item, lack = found
+        if item is None:  # the first page is done
+            for milestone in range(1, one.waits_for()):
+                one.reached(milestone, 0)
+            continue
         assert lack and (item.page, item.number) not in seen, (item, lack)
         seen.append((item.page, item.number))
         one.take(item)
@@ -59,6 +63,8 @@ def test_what_is_laid_holds_no_line_to_write(opened, number):
         past = lessons.before(one.ours)
         if lessons.is_no_lesson(path) or (past and (past / path.name).exists()):
             continue
+        if path.name in stubs.later(one.ours):
+            one.lay_later()
         laid = (one.own / path.name).read_text()
         walked = {
             n
