@@ -14,7 +14,8 @@ python tests/coach.py lab 7 check             is it mended?
 python tests/coach.py lab 7 optimizer.py:52   is that the place?
 python tests/coach.py lab 7 story             give up, or read who had it
 
-While the coach waits it takes the same words from the keyboard: `hint`, `diff`, `skip`, `quit`.
+While the coach waits it takes the same words from the keyboard: `hint`, `diff`, `skip`,
+`picture`, `quit`.
 Your files lie in my_steps/, and so does what the coach keeps, in my_steps/.coach/.
 """
 
@@ -76,8 +77,12 @@ def check(student, first, last):
     return run_checks(flags, student.own)
 
 
-def run_checks(flags, own):
-    """Run pytest on a reader's step: (None or what is wrong in words, seconds)."""
+def run_checks(flags, own, longest=None):
+    """Run pytest on a reader's step: (None or what is wrong in words, seconds).
+
+    longest: seconds after which it is ended; by default LONGEST, for one milestone.
+    """
+    longest = longest or LONGEST
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--color=no", *flags]
     command += ["-p", "no:cacheprovider"]
     begun = time.monotonic()
@@ -87,9 +92,9 @@ def run_checks(flags, own):
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     ) as running:  # fmt: skip
         try:
-            said, _ = running.communicate(timeout=LONGEST)
+            said, _ = running.communicate(timeout=longest)
         except subprocess.TimeoutExpired:
-            said = f"E   the checks took more than {LONGEST} s: is there an endless loop?"
+            said = f"E   the checks took more than {longest} s: is there an endless loop?"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(running.pid, signal.SIGKILL)
@@ -112,7 +117,10 @@ def in_words(said, own):
 
 def whole_name(file, line, name):
     """`Class.method` where a line of a file is in a method, else the name."""
-    found = lessons.definitions_in(Path(file).read_text())
+    try:
+        found = lessons.definitions_in(Path(file).read_text())
+    except SyntaxError:
+        return name
     return next((n for n, at in found.items() if line in at and n.split(".")[-1] == name), name)
 
 
@@ -147,7 +155,7 @@ def show_item(student, item, lack):
     show(first_paragraph(item.explanation))
     show(hints.task(item, student.ours))
     say(lack)
-    say("Write it and save. Or: hint, diff, skip, quit.", "dim")
+    say(f"Write it and save. Or: {', '.join(WORDS)}, quit.", "dim")
 
 
 def first_paragraph(text):
@@ -160,13 +168,15 @@ def finish(student):
     """The end of a step: all checks once more, its curve beside one process; True if they hold."""
     last = max(milestones.titles(student.own))
     say(f"All {last} milestones are reached. Once more from the first one, in your last version:")
-    with console.status("checking all milestones …"):
-        wrong, seconds = check(student, 1, last)
-    if wrong:
-        student.forget()
-        say(wrong, "bold red")
-        return False
-    say(f"They hold ({seconds:.0f} s).", "bold green")
+    for milestone in range(1, last + 1):
+        with console.status(f"checking milestone {milestone} of {last} …"):
+            wrong, _ = check(student, milestone, milestone)
+        if wrong:
+            student.forget()
+            student.failed(milestone, wrong)
+            say(wrong, "bold red")
+            return False
+    say("They hold.", "bold green")
     if run := CURVES.get(student.number):
         say(f"Does it train as one process does? 20 steps in float64 with {run}:")
         command = [sys.executable, "tests/convergence.py", f"{shown_from_root(student.own)} {run}"]
@@ -217,7 +227,10 @@ def follow(student):
             if word in ("quit", "q", "exit"):
                 return
             if word in WORDS:
-                obey(student, word)
+                try:
+                    obey(student, word)
+                except lessons.LessonError as error:
+                    say(f"{error}")
             if word == "skip":
                 break
             if word not in WORDS:

@@ -1,6 +1,7 @@
 """The coach's side of `coach.py lab`: open a lab, judge what the learner names or mends."""
 
 import json
+import os
 import re
 import time
 
@@ -9,6 +10,7 @@ import lessons
 import milestones
 import student
 
+ALL_MILESTONES = 600  # seconds that their checks may take together
 LEVELS = {1: "easy", 2: "medium", 3: "hard"}
 
 
@@ -59,12 +61,10 @@ class Desk:
             self.folder(lab).parent.parent.mkdir(parents=True, exist_ok=True)
             lab.open(self.folder(lab).parent)
             self.keep(lab, opened=round(time.time()))
-        flags = lab.run.strip()
-        self.say(
-            f"Lab {lab.number} ({LEVELS[lab.level]}) lies in {self.folder(lab)}. What one sees:\n"
-        )
+        place = os.path.relpath(self.folder(lab))
+        self.say(f"Lab {lab.number} ({LEVELS[lab.level]}) lies in {place}. What one sees:\n")
         self.say(lab.symptoms.strip())
-        self.say(f"\nA run that has it: train.py {flags}")
+        self.say(f"\nA run that has it: {lab.command}")
         self.say(
             f"Name the place, `coach.py lab {lab.number} FILE.py:LINE`, "
             f"or mend it and type `coach.py lab {lab.number} check`."
@@ -86,7 +86,8 @@ class Desk:
         if wrong:
             return self.say(f"Not mended yet ({seconds:.0f} s).")  # why, the learner finds out
         last = max(milestones.titles(own))
-        wrong, more = self.run_checks([f"--step-dir={own}", f"--milestone={last}"], own)
+        flags = [f"--step-dir={own}", f"--milestone={last}"]
+        wrong, more = self.run_checks(flags, own, ALL_MILESTONES)
         if wrong:
             return self.say(
                 f"The mistake is gone, but something else broke ({more:.0f} s):\n{wrong}"

@@ -4,6 +4,7 @@ All of it lies in `my_steps/`: the steps themselves, and `.coach/` beside them w
 the beginning of each step, what was taken from us since, and how far the reader has come.
 """
 
+import ast
 import contextlib
 import json
 import os
@@ -53,7 +54,7 @@ class Student:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         stubs.lay(self.ours, start, part)
-        shutil.rmtree(self.aside, ignore_errors=True)
+        shutil.rmtree(self.aside / "laid", ignore_errors=True)  # the copies in `before` stay
         shutil.copytree(part, self.aside / "laid")
         self.about = {"reached": {}, "hints": {}, "skipped": [], "begun": time.time()}
         self.keep()
@@ -98,9 +99,9 @@ class Student:
 
     def waits_for(self):
         """The first milestone of further pages whose files are not stubs yet; 0 for none."""
-        return (
-            0 if self.about.get("later_laid") else min(stubs.later(self.ours).values(), default=0)
-        )
+        if self.about.get("later_laid"):
+            return 0
+        return min(stubs.later(self.ours).values(), default=0)
 
     def lay_later(self):
         """The lesson's first page is done: now the files of the further pages become stubs."""
@@ -196,7 +197,16 @@ class Student:
             shutil.copy(self.own / file, folder / f"{file}.{copies + 1}")
 
     def take(self, item):
-        """Put our lines of an item into the reader's files."""
+        """Put our lines of an item into the reader's files; or raise LessonError.
+
+        What is there before is kept as a copy.
+        """
+        for path in {self.own / piece.file for piece in item.pieces}:
+            try:
+                ast.parse(path.read_text() if path.exists() else "")
+            except SyntaxError as error:
+                why = f"{path.name}, line {error.lineno}: {error.msg}"
+                raise lessons.LessonError(f"{why}. Mend that first, or delete the file.") from None
         for file in dict.fromkeys(piece.file for piece in item.pieces):
             self.back_up(file)
             path = self.own / file
@@ -217,8 +227,8 @@ def replaced(mine, ours, name):
     if name in own:
         lines[own[name].start - 1 : own[name].stop - 1] = taken
         return "\n".join(lines) + "\n"
-    names = [n for n in theirs if "." in n or n == name or "." not in name]
-    before = [n for n in names if theirs[n].stop <= theirs[name].start and n in own]
+    names = [n for n in own if n in theirs and ("." in n or "." not in name)]
+    before = [n for n in theirs if n in names and theirs[n].stop <= theirs[name].start]
     place = own[before[-1]].stop - 1 if before else 0
     gap = [""] * (1 if "." in name else 2)
     lines[place:place] = [*gap, *taken] if place else [*taken, *gap]

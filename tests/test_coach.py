@@ -135,6 +135,9 @@ def test_what_a_reader_breaks_is_said_and_kept(opened, monkeypatch):
     laid = path.read_text()
     path.write_text("def (:\n" + laid)
     assert "`tensor_parallel.py`, line 1: " in one.next_item()[1]
+    with pytest.raises(lessons.LessonError, match="tensor_parallel.py, line 1: .* Mend that first"):
+        one.take(one.next_item()[0])
+    assert path.read_text() == "def (:\n" + laid
     path.unlink()
     assert "`tensor_parallel.py` with `part`; it is not there yet" in one.next_item()[1]
     one.take(one.next_item()[0])  # ours, although the file is gone
