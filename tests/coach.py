@@ -7,6 +7,8 @@ python tests/coach.py 4 hint       a hint for what is next; each call says more
 python tests/coach.py 4 diff       your lines beside ours, for what is next
 python tests/coach.py 4 skip       take our lines for what is next
 python tests/coach.py 8 picture    what your schedule (7, 8), ring (5) or zero3 (6) did, beside ours
+python tests/coach.py 4 exercise   the exercises of the lesson
+python tests/coach.py 4 exercise 2            begin one; then `check` or `answer` behind it
 python tests/coach.py quiz 4       five questions, with other numbers each time
 python tests/coach.py lab          the labs: copies of a step with one mistake in each
 python tests/coach.py lab 7        open a lab, and see what is wrong with it
@@ -36,6 +38,7 @@ import milestones
 import pictures
 import quiz
 from coach_labs import Desk
+from exercises import Exercises
 from labs import labs
 from rich.console import Console
 from rich.markdown import Markdown
@@ -311,8 +314,10 @@ def main(args):
     if args.what == "quiz":
         return quiz.hold(number_of(words[0] or "", "a step"), say)
     step = Student(number_of(args.what, "a step"))
+    if words[0] == "exercise":
+        return Exercises(step.number, say, show, run_checks).obey(*words[1:3])
     if words[0] not in (None, *WORDS):
-        raise lessons.LessonError(f"{words[0]}: the words are {', '.join(WORDS)}")
+        raise lessons.LessonError(f"{words[0]}: the words are {', '.join(WORDS)}, exercise")
     if not step.is_open:
         begin(step)
     if words[0]:
