@@ -1,6 +1,7 @@
 """Run the commands of the READMEs from the READMEs' own text, so that they cannot rot.
 
     python tests/readme.py README.md step3_dataloader/README.md
+    python tests/readme.py --jobs 2 step*/README.md    # folders side by side
 
 A block is run when the line before it is `<!-- runnable -->`: by bash, in the README's folder, and
 it must exit with 0. Where the README shows after it what it printed, rows of the ledger must be
@@ -10,11 +11,15 @@ steps train on the standard library, from step 3 on, and this Python has another
 Needs nothing but Python, as the first blocks install the rest.
 """
 
+import argparse
+import collections
+import os
 import platform
 import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 PYTHON = "3.11.7"  # the one on whose standard library the lessons trained
@@ -44,30 +49,65 @@ def unlike(shown, printed, losses=True):
             yield f"step {step}: {found}, not {rest}"
 
 
-def run(path):
+def run(path, say=print):
     """Run the blocks of a README, output and all; the number of those that failed."""
     failed, folder = 0, Path(path).absolute().parent
     losses = platform.python_version() == PYTHON or folder.name.startswith(("step1_", "step2_"))
     if not losses:
-        print(f"{path}: losses not compared: Python is {platform.python_version()}, not {PYTHON}")
+        say(f"{path}: losses not compared: Python is {platform.python_version()}, not {PYTHON}")
+    # Each torchrun finds a port of its own, as two of them may run at once.
+    env = dict(os.environ, PET_STANDALONE="1")
     for block, shown in blocks(path):
-        print(f"--- {path}\n{block}---", flush=True)
+        say(f"--- {path}\n{block}---")
         begun, printed = time.monotonic(), []
         command = ["bash", "-euo", "pipefail", "-c", block]
-        with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True
+        ) as process:
             for line in process.stdout:
                 printed.append(line)
-                print(line, end="", flush=True)
+                say(line.rstrip("\n"))
         wrong = [f"exit code {process.returncode}"] * (process.returncode != 0)
         wrong += unlike(shown, "".join(printed), losses)
         failed += bool(wrong)
         state = f"FAILED: {'; '.join(wrong)}" if wrong else "ok"
-        print(f"--- {state} after {time.monotonic() - begun:.0f} s\n", flush=True)
+        say(f"--- {state} after {time.monotonic() - begun:.0f} s\n")
     return failed
 
 
-if __name__ == "__main__":
-    failures = {path: run(path) for path in sys.argv[1:]}
+def run_folder(paths, together):
+    """Run the READMEs of a folder, one after the other: {path: blocks that failed}.
+
+    Where folders run side by side, what a page printed is shown when it is done.
+    """
+    failures = {}
+    for path in paths:
+        said = []
+        failures[path] = run(path, said.append if together else print_now)
+        print_now("\n".join(said))
+    return failures
+
+
+def print_now(text):
+    print(text, flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Run the commands of READMEs; see the file.")
+    parser.add_argument("paths", nargs="+")
+    parser.add_argument("--jobs", type=int, default=1, help="folders that run at the same time")
+    args = parser.parse_args()
+    folders = collections.defaultdict(list)
+    for path in args.paths:
+        folders[Path(path).absolute().parent].append(path)
+    longest_first = sorted(folders.values(), key=lambda f: -sum(len(blocks(p)) for p in f))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        found = pool.map(lambda paths: run_folder(paths, args.jobs > 1), longest_first)
+        failures = {path: count for one in found for path, count in one.items()}
     for path, count in failures.items():
         print(f"{path}: {len(blocks(path))} runnable blocks, {count} failed")
     sys.exit(any(failures.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -171,6 +171,28 @@ def test_another_library_has_other_losses(tmp_path, monkeypatch, capfd, folder, 
     assert ("losses not compared: Python is 3" in capfd.readouterr().out) == (not losses)
 
 
+def test_folders_run_side_by_side(tmp_path, monkeypatch, capfd):
+    """Two pages of a folder in turn, beside another folder; a page that fails is named."""
+    text = "<!-- runnable -->\n```bash\n{}\n```\n"
+    meet = "touch here; for i in $(seq 99); do [ -e ../{}/here ] && exit 0; sleep 0.1; done; exit 1"
+    pages = {
+        "a/README.md": meet.format("b"),
+        "a/MORE.md": "exit 3",
+        "b/README.md": meet.format("a"),
+    }
+    for name, commands in pages.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text.format(commands))
+    paths = [str(tmp_path / name) for name in pages]
+    monkeypatch.setattr(sys, "argv", ["readme.py", "--jobs", "2", *paths])
+    with pytest.raises(SystemExit, match="True"):
+        readme.main()
+    said = capfd.readouterr().out
+    for path in paths:
+        assert f"{path}: 1 runnable blocks, {path == paths[1]:d} failed" in said
+    assert "FAILED: exit code 3" in said
+
+
 def test_the_checks_that_the_table_of_mistakes_names_are_there():
     text = (ROOT / "tests" / "README.md").read_text()
     code = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
