@@ -71,7 +71,10 @@ class Bucket:
         return torch.cat([*(tensor.flatten() for tensor in tensors), padding]).to(self.dtype)
 
     def hold(self, weights):
-        """Make each parameter a view of a vector [length] that has the weights of all of them."""
+        """Make each parameter a view of a vector [length] that has the weights of all of them.
+
+        Only `.data` changes: the parameter is the same object, so its hooks stay.
+        """
         self.weights = weights
         for parameter, view in zip(self.parameters, self.views(weights), strict=True):
             parameter.data = view

@@ -151,7 +151,8 @@ class Zero3(Zero2):
         The parameters, and what autograd saved of them, use the same storage: they find the
         weights there again after the next `fetch`. Autograd counts the writes to a tensor, and
         refuses a saved one whose count has changed. A gather changes only the count of
-        `bucket.weights`: the parameters have counts of their own.
+        `bucket.weights`. A slice of that vector would share its count, but a parameter does not:
+        `hold` has set its `.data`, and a parameter keeps its own count then.
         """
         if bucket.gathering is not None:
             bucket.gathering.wait()
@@ -190,8 +191,9 @@ class Zero3(Zero2):
         return super().reduce(bucket)
 
     def finish_update(self):
-        # After a backward pass `reduce` has dropped all weights. But a program may evaluate between
-        # that and the update: the weights that this leaves here are old now.
+        # After a backward pass `reduce` has dropped all weights. But a program may evaluate before
+        # the update. This leaves the last layer, the norms and the head here. The update has made
+        # them old.
         for bucket in self.buckets:
             self.drop(bucket)
 
