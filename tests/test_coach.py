@@ -1,7 +1,13 @@
 """The coach: stubs, what is next, what is wrong, and that nothing of a reader's is lost."""
 
 import ast
+import contextlib
+import os
+import signal
 import sys
+import threading
+import time
+from pathlib import Path
 
 import coach
 import hints
@@ -149,6 +155,68 @@ def test_what_a_reader_breaks_is_said_and_kept(opened, monkeypatch):
     wrong, seconds = coach.check(one, 1, 1)
     assert "is there an endless loop?" in wrong and seconds < 40
     assert path.read_text() == endless
+
+
+def lines_of(path, name):
+    """The text of a function in a file."""
+    text = path.read_text()
+    at = lessons.definitions_in(text)[name]
+    return "\n".join(text.splitlines()[at.start - 1 : at.stop - 1]) + "\n"
+
+
+def processes_with(mark):
+    """The processes that inherited a mark in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in path.read_bytes():
+                found.append(path.parent.name)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are seen in /proc")
+def test_ctrl_c_in_a_check_ends_its_processes(opened, tmp_path, monkeypatch):
+    """Every rank is in an endless loop; the reader's file stays as it is."""
+    one = opened(4)
+    one.take(one.next_item()[0])
+    path, begun = one.own / "tensor_parallel.py", tmp_path / "begun"
+    head = path.read_text().split("def part(")[1].splitlines()[0]
+    endless = f"def part({head}\n    open({str(begun)!r}, 'w')\n    while True:\n        pass\n"
+    endless = path.read_text().replace(lines_of(path, "part"), endless)
+    path.write_text(endless)
+    mark = f"COACH_TEST={tmp_path}"
+    monkeypatch.setenv(*mark.split("="))
+
+    def press_ctrl_c():
+        while not begun.exists():
+            time.sleep(0.1)
+        assert len(processes_with(mark)) >= 3, "pytest and two ranks"
+        os.kill(os.getpid(), signal.SIGINT)
+
+    presser = threading.Thread(target=press_ctrl_c)
+    presser.start()
+    with pytest.raises(KeyboardInterrupt):
+        coach.check(one, 1, 1)
+    presser.join()
+    until = time.monotonic() + 10
+    while processes_with(mark) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not processes_with(mark)
+    assert path.read_text() == endless
+
+
+def test_a_rank_that_dies_is_named(opened):
+    one = opened(4)
+    one.take(one.next_item()[0])
+    path = one.own / "tensor_parallel.py"
+    ours = lines_of(path, "part")
+    head, doc = (
+        ours.splitlines()[0],
+        "    import os\n    if group.rank == 1:\n        os._exit(3)\n",
+    )
+    path.write_text(path.read_text().replace(head + "\n", head + "\n" + doc, 1))
+    wrong, _ = coach.check(one, 1, 1)
+    assert "rank 1" in wrong
 
 
 def test_the_coach_writes_only_in_its_folder(opened, home):
