@@ -21,6 +21,10 @@ def mistakes_in(step):
     return yaml.safe_load(path.read_text()) if path.exists() else []
 
 
+def on(mistakes, milestone):
+    return [mistake for mistake in mistakes if mistake["milestone"] == milestone]
+
+
 @pytest.fixture
 def student_of(tmp_path, monkeypatch):
     """student_of(step): a student who has the stubs of a step."""
@@ -59,11 +63,19 @@ def build(one, mistakes, subtests, last):
             assert told is None, told
             one.reached(milestone, seconds)
             print(f"{one.ours.name} milestone {milestone}: {seconds:.1f} s")
-        for mistake in mistakes:
-            if mistake["milestone"] == milestone:
-                with subtests.test(f"milestone {milestone}: {mistake['wrong']}"):
-                    told = told_of(one, mistake)
-                    assert told and mistake["says"] in told, told
+        for mistake in on(mistakes, milestone):
+            with subtests.test(f"milestone {milestone}: {mistake['wrong']}"):
+                told = told_of(one, mistake)
+                assert told and mistake["says"] in told, told
+
+
+def test_the_last_pipeline_is_built_from_its_stubs(student_of, subtests):
+    """The short version of the test below: step 8, and five wrong lines."""
+    step = lessons.step_of(8)
+    mistakes = mistakes_in(step)
+    few = [m for n, most in ((1, 2), (2, 2), (3, 1)) for m in on(mistakes, n)[:most]]
+    assert len(few) == 5
+    build(student_of(step), few, subtests, 3)
 
 
 @pytest.mark.slow
