@@ -115,11 +115,15 @@ class Batches:
         self.next_step, self.loading, self.ahead = None, None, None
 
     def micro_batches(self, step):
-        """The micro-batches of a step: tokens, targets [micro_batch, seq / cp] and positions."""
+        """The micro-batches of a step: tokens, targets [micro_batch, seq / cp] and positions.
+
+        One more is loaded ahead: the first of `next_step`, once a step is read to its end.
+        """
         if step != self.next_step:
             self.loading = iter(self.load(self.order.cut(self.micro_batch_size, step)))
             self.ahead = self.split(next(self.loading))
-        self.next_step = None  # so whoever stops in the middle gets this step from its start
+        # None while a step is read: a caller that stops in the middle can begin this step again.
+        self.next_step = None
         for _ in range(self.micro_batches_a_step):
             yield self.ahead
             # Loads the next one while the device still works. The last belongs to the next step.

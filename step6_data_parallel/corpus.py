@@ -82,7 +82,8 @@ def tokenised(args):
     if about is None:
         place_for_libraries()
         if files.kind == "hub" or not (tokenizer_name == "bytes" or Path(tokenizer_name).is_dir()):
-            # Asks once. If nobody answers, the libraries, imported later, use only their cache.
+            # If nobody answers, this sets HF_HUB_OFFLINE, which the libraries read when they are
+            # imported: then they use only their cache.
             hub_is_unreachable()
         about = {"dataset": args.dataset_name, "tokenizer": tokenizer_name}
         with room_for(folder) as unfinished:
@@ -158,9 +159,9 @@ def check_packages(name):
 def byte_tokenizer():
     """256 symbols, each byte its own id; byte 0 ends a document. (`slices` drops it from texts.)
 
-    Byte-level BPE (GPT-2, section 2.2) writes each byte as one visible letter: bytes that cannot
-    be printed get the letters from 256 on. BPE would then merge letters to longer symbols; without
-    merges each letter stays a symbol.
+    Byte-level BPE (byte pair encoding; GPT-2, section 2.2) writes each byte as one visible letter:
+    bytes that cannot be printed get the letters from 256 on. BPE would then merge letters to longer
+    symbols; without merges each letter stays a symbol.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -131,7 +131,10 @@ def split_of(name):
 
 
 def by_split(top, files, left_out):
-    """(files to train on, files to hold out): names of splits count beside one named train."""
+    """(files to train on, files to hold out): names of splits count beside one named train.
+
+    left_out: {why: paths}, to which the others are added.
+    """
     splits = defaultdict(list)
     names = {file: file.relative_to(top).parts for file in files}  # () where top is the file itself
     trained = {

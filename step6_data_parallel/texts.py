@@ -65,6 +65,7 @@ def slices(pieces):
         start = 0
         # While the document goes on, wait until the whole range in which a cut may be is there.
         while len(rest) - start > (SLICE if ends else LONGEST_SLICE):
+            # The last of SLICE characters may be the letter that is found. The cut is behind it.
             found = WORD_ENDS.search(rest, start + SLICE - 1, start + LONGEST_SLICE)
             end = found.end() - 1 if found else start + LONGEST_SLICE
             yield rest[start:end], False
@@ -229,6 +230,7 @@ def check_column(schema, column):
     if column not in schema.names:
         raise NoText(f"the columns are {schema.names}")
     kind = schema.field(column).type
+    # A dictionary has each text once, and a number for each row: here the texts' type counts.
     kind = str(getattr(kind, "value_type", kind) if "dictionary" in str(kind) else kind)
     if kind not in ("string", "large_string", "string_view", "null"):
         raise NoText(f"no text there but {kind}")
