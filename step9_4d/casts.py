@@ -35,7 +35,8 @@ def shared_casts(model, engine, args):
     No cast is made for a single micro-batch, nor where layers are computed again and so keep none.
     Weights that have no shared cast: those in the dtype of the computation, as zero3 gathers them;
     column parallel ones (step 4), which are cast again in backward; and the embedding, as a lookup
-    casts no table. A head tied to it has none: in zero3 it is float32, too, but not gathered yet.
+    casts no table. A head that is tied to it has none either: zero3 gathers this weight in float32,
+    but only when the model is called, and the casts are made before.
     """
     again = args.activation_checkpointing or args.recompute_elementwise
     weights, dtype = [], model.model.dtype

@@ -113,7 +113,7 @@ def lines_of(path, name):
 
 def git_diff(old, new, context):
     """What `git diff` says of two files, without its head; the old one may be None."""
-    command = ["git", "diff", "--no-index", "--diff-algorithm=myers", f"-U{context}"]
+    command = ["git", "diff", "--no-index", "--diff-algorithm=histogram", f"-U{context}"]
     done = subprocess.run([*command, old or "/dev/null", new], capture_output=True, text=True)
     return done.stdout[done.stdout.find("@@ ") :] if "@@ " in done.stdout else ""
 
