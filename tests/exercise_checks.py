@@ -1,6 +1,6 @@
 """Checks of the exercises that ask for code of one's own: they assert what a reader's module does.
 
-python tests/exercise_checks.py step2_process_group_README_2 my_steps/exercises/2.2/readme.py
+python tests/exercise_checks.py step9_4d_README_2 my_steps/exercises/9.2/a_layout_by_numbers.py
 """
 
 import contextlib
@@ -104,6 +104,7 @@ def layout(yours):
     argv = ["--model_name", "llama-3.1-8b", "--seq_len", "32768", *yours.FLAGS.split()]
     args = plan.parse_args(argv)
     ranks = args.pp_size * args.dp_size * args.cp_size * args.tp_size
+    assert yours.FLAGS, "FLAGS is empty"
     assert ranks == 8, f"the layout is of {ranks} GPUs, not of 8"
     with contextlib.redirect_stdout(io.StringIO()) as said:
         plan.main(argv)

@@ -45,7 +45,8 @@ class Exercise:
     def place(self):
         """Where the reader works on it: a copy of the step, or a file."""
         folder = student.HOME / "exercises" / f"{lessons.step_number(self.step)}.{self.number}"
-        return folder / (f"{Path(self.page).stem.lower()}.py" if self.stub else self.step.name)
+        file = re.sub(r"\W+", "_", self.title.lower()) + ".py"
+        return folder / (file if self.stub else self.step.name)
 
     def open(self):
         """Lay the copy or the stub, complete or not at all; what is there stays."""
