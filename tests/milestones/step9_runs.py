@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 from same import SMALL
 
@@ -20,16 +21,19 @@ def world_group():
     return pg.Mesh(tp=pg.dist.get_world_size()).world
 
 
-def begun(flags, **changes):
+def begun(flags_of_run, **changes):
     """The state of a small run, with all that step 9 asks of one; changes: of its arguments."""
     import presets
 
     name = "huggingface"  # flags.py asks for it, but a reader writes it later
     if name not in sys.modules and importlib.util.find_spec(name) is None:
         sys.modules[name] = SimpleNamespace(load_checked_config=presets.load_config)
+    import flags
     import train
 
-    state = train.setup(train.parse_args((SMALL + flags).split()))
+    with patch.object(flags, "load_checked_config", presets.load_config):  # it may be a stub
+        args = train.parse_args((SMALL + flags_of_run).split())
+    state = train.setup(args)
     state.args.data = {"tokens": 1, "held_out": None, "sha256": "0" * 64}
     vars(state.args).update(changes)
     for name in ("asked_to_stop", "stop", "not_saved"):  # that train.py will give it
