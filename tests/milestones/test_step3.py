@@ -95,7 +95,7 @@ def test_the_loss_of_a_step(step_dir, worlds, function):
 
 @pytest.mark.milestone(3, 8)
 def test_one_update(step_dir, worlds):
-    worlds(step_dir, 1).run(workers.update)
+    worlds(step_dir, 1).run(tokens.update)
 
 
 @pytest.mark.milestone(3, 8)

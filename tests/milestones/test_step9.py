@@ -2,6 +2,7 @@
 
 import pytest
 import step9_checkpoints as checkpoints
+import step9_chunks as chunks
 import step9_models as models
 import step9_runs as runs
 import workers_setup
@@ -27,26 +28,26 @@ def test_what_a_run_leaves(step_dir, worlds, tmp_path, check):
 
 @pytest.mark.milestone(9, 3)
 def test_layers_by_cost_in_chunks(step_dir, worlds):
-    worlds(step_dir, 1).run(models.dealt)
-    worlds(step_dir, 2).run(models.chunked)
-    worlds(step_dir, 3).run(models.chunked)
+    worlds(step_dir, 1).run(chunks.dealt)
+    worlds(step_dir, 2).run(chunks.chunked)
+    worlds(step_dir, 3).run(chunks.chunked)
 
 
 @pytest.mark.milestone(9, 4)
 def test_the_plan(step_dir, worlds):
-    worlds(step_dir, 1).run(models.plans)
+    worlds(step_dir, 1).run(chunks.plans)
 
 
 @pytest.mark.milestone(9, 5)
 @pytest.mark.parametrize("size, rounds", [(2, 2), (3, 1)])
 def test_chunks_that_follow_the_plan(step_dir, worlds, size, rounds):
-    worlds(step_dir, size).run(models.interleaved, rounds, **SOON)
+    worlds(step_dir, size).run(chunks.interleaved, rounds, **SOON)
 
 
 @pytest.mark.milestone(9, 6)
-@pytest.mark.parametrize("check", [models.shared, models.switch])
-def test_one_cast_for_all_micro_batches(step_dir, worlds, check):
-    worlds(step_dir, 1).run(check)
+@pytest.mark.parametrize("size, check", [(1, models.shared), (2, models.rows), (1, models.switch)])
+def test_one_cast_for_all_micro_batches(step_dir, worlds, size, check):
+    worlds(step_dir, size).run(check, **SOON)
 
 
 @pytest.mark.milestone(9, 7)

@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from same import SMALL, same
+from same import same
 
 TOKENS = np.arange(1000, dtype=np.uint16)  # 99 windows of 10 + 1: 98 for training, one held out
 
@@ -358,45 +358,3 @@ def of_a_step():
     assert weight.grad is None, "evaluate must leave no gradient"
     with torch.no_grad(), patch.object(state, "model", lambda *_: torch.tensor(math.nan)):
         refused(lambda: train.evaluate(state), "step 5", by="evaluate")
-
-
-# --- 8. the whole program -------------------------------------------------------------------------
-
-
-def update():
-    """Two steps: what `train_step` reports of each, and what it does to the gradients."""
-    import train
-
-    state = train.setup(train.parse_args(SMALL.split()))
-    for step in (1, 2):
-        loss = train.forward_backward(state).item()
-        norm = train.gradient_norm(state.parameters, state.model.parameter_names).item()
-        state.optimizer.zero_grad()
-        train.forward_backward(state)  # what train_step finds there is of no use to it
-        state.args.max_grad_norm = norm / 2
-        found = train.train_step(state)
-        rate = train.learning_rate_at(step, state.args)
-        due = {"step": step, "loss": loss, "grad_norm": norm, "learning_rate": rate}
-        for name, value in {**due, "tokens": 32 * step}.items():
-            assert math.isclose(found[name], value, rel_tol=1e-9), (
-                f"train_step: {name} of step {step} is {found[name]}; it should be {value}, "
-                f"{REPORTED[name]}"
-            )
-        rates = {group["lr"] for group in state.optimizer.param_groups}
-        assert rates == {rate}, (
-            f"train_step: the optimizer updates at the rates {rates}, not {rate}"
-        )
-        left = train.gradient_norm(state.parameters, state.model.parameter_names).item()
-        assert math.isclose(left, norm / 2, rel_tol=1e-4), (
-            f"train_step: the optimizer gets gradients of norm {left}; it should be "
-            f"--max_grad_norm {norm / 2}, to which they are clipped"
-        )
-
-
-REPORTED = {
-    "step": "one more",
-    "loss": "the mean over the step's targets",
-    "grad_norm": "of this step's gradients only, before clipping",
-    "learning_rate": "that of learning_rate_at for this step, the first one being 1",
-    "tokens": "all since the start",
-}

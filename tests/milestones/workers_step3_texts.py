@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -196,7 +197,10 @@ def readers():
         "cut/b.jsonl": lines + "\n{",
     })  # fmt: skip
     (top / "parquet").mkdir()
-    parquet.write_table(pyarrow.table({"n": [1, 2, 3], "text": rows}), top / "parquet/a.parquet")
+    rest = [os.urandom(2**19) for _ in rows]  # nobody reads that
+    parquet.write_table(
+        pyarrow.table({"n": [1, 2, 3], "text": rows, "rest": rest}), top / "parquet/a.parquet"
+    )
     for name, due in {"a.txt": "one\r\n", "b.txt": long, "c.txt.gz": "packed"}.items():
         try:
             found = documents(top / name, "read_text")

@@ -1,6 +1,7 @@
-"""What the checks of step 3's cache and tokens run in its processes."""
+"""What the checks of step 3's cache, tokens and updates run in its processes."""
 
 import json
+import math
 import os
 import signal
 import tempfile
@@ -246,6 +247,42 @@ def on_several_ranks(name):
 # --- 8. the whole program -------------------------------------------------------------------------
 
 
+def update():
+    """Two steps: what `train_step` reports of each, and what it does to the gradients."""
+    import train
+
+    state = train.setup(train.parse_args(SMALL.split()))
+    for step in (1, 2):
+        state.optimizer.zero_grad()
+        loss = train.forward_backward(state).item()  # train_step begins with other gradients
+        norm = train.gradient_norm(state.parameters, state.model.parameter_names).item()
+        state.args.max_grad_norm = norm / 2
+        found = train.train_step(state)
+        rate = train.learning_rate_at(step, state.args)
+        due = {"step": step, "loss": loss, "grad_norm": norm, "learning_rate": rate}
+        for name, value in {**due, "tokens": 32 * step}.items():
+            assert math.isclose(found[name], value, rel_tol=1e-9), (
+                f"train_step: {name} of step {step} is {found[name]}; it should be {value}, "
+                f"{REPORTED[name]}"
+            )
+        rates = {group["lr"] for group in state.optimizer.param_groups}
+        assert rates == {rate}, f"train_step: the optimizer's rates are {rates}, not {rate}"
+        left = train.gradient_norm(state.parameters, state.model.parameter_names).item()
+        assert math.isclose(left, norm / 2, rel_tol=1e-4), (
+            f"train_step: the optimizer gets gradients of norm {left}; it should be "
+            f"--max_grad_norm {norm / 2}, to which they are clipped"
+        )
+
+
+REPORTED = {
+    "step": "one more",
+    "loss": "the mean over the step's targets",
+    "grad_norm": "of this step's gradients only, before clipping",
+    "learning_rate": "that of learning_rate_at for this step, the first one being 1",
+    "tokens": "all since the start",
+}
+
+
 def apart():
     """A run on a data set that names a text for validation."""
     import train
@@ -255,6 +292,6 @@ def apart():
     state = train.setup(train.parse_args(flags.split()))
     read = {token for tokens, _, _ in state.data.evaluation() for token in tokens.unique().tolist()}
     assert read <= {0, ord("b")}, (
-        f"setup: an evaluation reads the bytes {read}; it should read those of val.txt, {ord('b')}: "
-        "Batches gets the second text of load_tokens, too"
+        f"setup: an evaluation reads the bytes {read}; it should read those of val.txt, "
+        f"{ord('b')}: Batches gets the second text of load_tokens, too"
     )
