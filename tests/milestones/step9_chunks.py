@@ -149,10 +149,10 @@ def interleaved(rounds):
         )
         after = None if ends[1] else group.next
         assert one.after == after, f"Interleaved.__init__: stage.after is {one.after}, not {after}"
-    watch = Watched()
+    watch = Watched(2 * size)
     with watch.all():
         total = stage.run(iter(parts), 1000, True)
-    watch.check(2 * size)
+    watch.check()
     if group.is_last:
         meaning = "the sum of the micro-batches' losses / 1000"
         same(total, expected.detach(), "Interleaved.run: the loss", meaning)
@@ -171,10 +171,13 @@ def interleaved(rounds):
 
 
 class Watched:
-    """Which messages of a step were waited for before a pass, and how many are under way."""
+    """How many messages of a step were used too early, or waited for too late.
 
-    def __init__(self):
-        self.made, self.most, self.early = [], 0, 0
+    allowed: ticks after which what was sent should have been waited for.
+    """
+
+    def __init__(self, allowed):
+        self.made, self.allowed, self.late, self.early = [], allowed, 0, 0
 
     @contextlib.contextmanager
     def all(self):
@@ -187,9 +190,9 @@ class Watched:
             def __init__(self, group, sends, receives):
                 receives = list(receives)
                 self.arriving = [tensor for tensor, _ in receives]
+                watch.late += sum(bool(one.handles) for one in watch.made[: -watch.allowed])
                 super().__init__(group, sends, receives)
                 watch.made.append(self)
-                watch.most = max(watch.most, sum(bool(one.handles) for one in watch.made))
 
         def early(function):
             def called(stage, received, *rest):
@@ -207,13 +210,13 @@ class Watched:
         ):
             yield
 
-    def check(self, allowed):
+    def check(self):
         assert not self.early, (
             f"Interleaved.compute: {self.early} passes begin before their message was waited for"
         )
-        assert self.most <= allowed + 1, (
-            f"Interleaved.follow: the messages of {self.most} ticks are under way together; what "
-            f"is 2 p = {allowed} ticks old should be waited for"
+        assert not self.late, (
+            "Interleaved.follow: what a tick sends should be waited for 2 p ticks later, "
+            f"{self.allowed}, so that its memory is freed; some of it is under way for longer"
         )
         left = [one for one in self.made if one.handles]
         assert not left, f"Interleaved.follow: {len(left)} ticks' messages are never waited for"

@@ -8,7 +8,7 @@ import step9_runs as runs
 import workers_setup
 import workers_trainer
 from harness import assemble, assert_close
-from same import SMALL, same_step
+from same import SMALL, in_one_line, same_training
 
 pytestmark = pytest.mark.usefixtures("worlds")
 SOON = {"timeout": 30}  # seconds after which ranks that wait for each other are ended
@@ -107,10 +107,11 @@ def test_a_run_goes_on_on_another_layout(step_dir, worlds, tmp_path):
         rest, final = run_of(worlds, step_dir, 2, after, 3, None, resume)
         found = first + rest
         assert found == [pytest.approx(step, rel=1e-10) for step in numbers], (
-            f"{before}, then {after}: step, loss and gradient norm are {found}; without a stop "
-            f"{numbers}. If only step 3 is wrong: the averages, the step's number, or finish_update"
+            f"load: {before}, then {after}: step, loss and gradient norm are {found}; without a "
+            f"stop {numbers}. If only step 3 is wrong: the averages or finish_update"
         )
-        assert_close(weights, final, f"{before}, then {after}: the weight")
+        what = f"load: {before}, then {after}: does each entry of the optimizer have the step's "
+        assert_close(weights, final, what + "number? The weight")
 
 
 @pytest.mark.milestone(9, 12)
@@ -142,7 +143,12 @@ def test_text(step_dir, worlds):
 )
 def test_a_step_is_that_of_one_process(step_dir, train_on, flags):
     shape = "--num_hidden_layers 4 --gradient_accumulation_steps 2"
-    same_step(step_dir, train_on, 2, f"--num_hidden_layers 4 {flags}", one=shape)
+    hint = {
+        "the loss of step": "Does mean_loss sum over all groups of ranks, pp among them?",
+        "grad_norm of step": "Does train_step give gradient_norm a group that contains pp and tp?",
+        "": "Look at setup and train_step in train.py.",
+    }
+    same_training(hint, step_dir, train_on, 2, f"--num_hidden_layers 4 {flags}", one=shape)
 
 
 @pytest.mark.milestone(9, 15)
@@ -153,7 +159,10 @@ def test_chunks_are_dealt_out(step_dir, worlds):
     for rank, shapes in enumerate(worlds(step_dir, 2).run(workers_setup.shapes_of, SMALL + flags)):
         layers = {int(name.split(".")[2]) for name in shapes if ".layers." in name}
         due = {rank, rank + 2}
-        assert layers == due, f"of two chunks each rank {rank} has the layers {layers}, not {due}"
+        assert layers == due, (
+            f"setup: of two chunks each rank {rank} has the layers {layers}, not {due}; does it "
+            "give --pp_chunks to apply_pipeline_parallel?"
+        )
 
 
 @pytest.mark.milestone(9, 15)
@@ -161,14 +170,24 @@ def test_a_run_that_is_stopped_goes_on(step_dir, worlds, tmp_path):
     argv = SMALL + "--max_tokens 128 "  # four steps
     reference, _ = worlds(step_dir, 1).run(workers_trainer.train_and_save, argv)[0]
     argv += f"--checkpoint_dir {tmp_path / 'run'} "
-    found = worlds(step_dir, 2).run(
-        workers_trainer.asked_to_stop, argv + "--tp_size 2", 1, 2, **SOON
-    )
+    try:
+        asked = workers_trainer.asked_to_stop, argv + "--tp_size 2", 1, 2
+        found = worlds(step_dir, 2).run(*asked, **SOON)
+    except AssertionError as error:
+        hint = "Rank 1 got a signal in step 2: do all stop after it, by state.stop of train_step?"
+        raise AssertionError(in_one_line(error, hint)) from None
     due = [(2, False, True), (2, True, True)]
     assert found == due, (
-        f"after a signal to rank 1 in step 2 the ranks have (step, asked, stop) {found}, not {due}"
+        "train_step: after a signal to rank 1 in step 2 the ranks have (step, asked, stop) "
+        f"{found}, not {due}"
     )
-    assert (tmp_path / "run" / "RESUME").read_text() == "step_00000002\n"
+    said = (tmp_path / "run" / "RESUME").read_text()
+    assert said == "step_00000002\n", f"complete (checkpoint.py) writes {said!r} into RESUME"
     argv += "--resume auto --pp_size 2"
+    due = [n[:3] for n in reference[2:]]
     for numbers, _ in worlds(step_dir, 2).run(workers_trainer.train_and_save, argv, **SOON):
-        assert [n[:3] for n in numbers] == [pytest.approx(n[:3], rel=1e-10) for n in reference[2:]]
+        found = [n[:3] for n in numbers]
+        assert found == [pytest.approx(n, rel=1e-10) for n in due], (
+            f"--resume auto after step 2: (step, loss, gradient norm) are {found}; without a stop "
+            f"{due}. Does setup call load?"
+        )

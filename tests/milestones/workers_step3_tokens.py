@@ -179,10 +179,13 @@ def large_ids():
     )
     texts = Texts(8, "B", lambda progress: iter([("low high", True)]))
     folder = Path(tempfile.mkdtemp())
-    about = corpus.tokenise([texts, None], made, 1, folder)
-    found = np.load(folder / "tokens.npy")
-    assert found.tolist() == [1, 70_000, 0] and about["largest_id"] == 70_000, (
-        f"tokenise: the ids 1, 70000, 0 are kept as {found.tolist()}, in {found.dtype}; where the "
+    try:
+        largest = corpus.tokenise([texts, None], made, 1, folder)["largest_id"]
+        kept = np.load(folder / "tokens.npy").tolist()
+    except OverflowError as error:  # of NumPy 2; an older one begins again at 0
+        kept, largest = error, None
+    assert kept == [1, 70_000, 0] and largest == 70_000, (
+        f"tokenise: the ids 1, 70000, 0 are kept as {kept}, the largest is {largest}; where the "
         "largest id of the vocabulary is 2**16 or more they need uint32"
     )
 
