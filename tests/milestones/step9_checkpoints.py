@@ -30,13 +30,16 @@ def views():
 
     from resharding import rectangles, tensors_of
 
-    part, _ = held_part("weight", slice(2, 5), slice(4, 15))
-    found = [(*offsets, *sizes, p.start, p.stop) for offsets, sizes, p in rectangles(part)]
-    due = [(2, 4, 1, 2, 0, 2), (3, 0, 1, 6, 2, 8), (4, 0, 1, 3, 8, 11)]
-    assert found == due, (
-        "rectangles: elements 4 to 14 of rows of 6 are (row, column, rows, columns, start, stop) "
-        f"{due}, the end of a row, a whole one, the beginning of one; found: {found}"
-    )
+    inside = slice(1, 3), [(2, 1, 1, 2, 0, 2)]
+    across = slice(4, 15), [(2, 4, 1, 2, 0, 2), (3, 0, 1, 6, 2, 8), (4, 0, 1, 3, 8, 11)]
+    for piece, due in (inside, across):
+        part, _ = held_part("weight", slice(2, 5), piece)
+        found = [(*offsets, *sizes, p.start, p.stop) for offsets, sizes, p in rectangles(part)]
+        assert found == due, (
+            f"rectangles: elements {piece.start} to {piece.stop - 1} of rows of 6 from row 2 on "
+            f"are (row, column, rows, columns, start, stop) {due}; found: {found}. There may be "
+            "the end of a row, whole ones, the beginning of one"
+        )
     optimizer = torch.optim.AdamW([part])
     tensors = tensors_of([part], optimizer)
     names = {"weight", "weight.exp_avg", "weight.exp_avg_sq"}
