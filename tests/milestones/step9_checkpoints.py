@@ -52,10 +52,11 @@ def views():
     assert (part == 5).all(), (
         "Tensors.put: what is written into the views should be in the parameter: no copies"
     )
+    for name in ("exp_avg", "exp_avg_sq"):
+        zero = all((view == 0).all() for view in tensors[f"weight.{name}"].values())
+        assert zero, f"moments: {name} begins as zeros"
     for number, name in enumerate(("exp_avg", "exp_avg_sq"), 1):
         parts = tensors[f"weight.{name}"]
-        zero = all((view == 0).all() for view in parts.values())
-        assert zero, f"moments: {name} begins as zeros"
         optimizer.state[part][name].fill_(number)
         assert all((view == number).all() for view in parts.values()), (
             f"tensors_of: the views of {name} are of another tensor than AdamW's {name}"
@@ -83,6 +84,28 @@ def write_rows(folder):
         "busy one should write the next"
     )
     return files
+
+
+def overlaps():
+    """Keys of rectangles, and where two of them overlap."""
+    import torch
+
+    from resharding import overlapping, place_of, stored_key, within
+
+    stored, (ours, apart) = ((2, 7), (1, 4)), (((0, 3), (0, 6)), ((3, 7), (4, 6)))
+    key = stored_key("name", stored)
+    found = place_of(key)
+    assert found == ("name", stored), f"place_of({key!r}) is {found}, not {('name', stored)}"
+    found = within(stored, ((3, 5), (1, 2)))
+    due = slice(1, 3), slice(0, 1)
+    assert found == due, f"within({stored}, ((3, 5), (1, 2))) is {found}; it should be {due}"
+    whole = torch.arange(42.0).view(7, 6)
+    views = {place: whole[slice(*place[0]), slice(*place[1])] for place in (ours, apart)}
+    found = [(there, view.tolist()) for there, view in overlapping({"name": views}, key)]
+    due = [((slice(0, 1), slice(0, 3)), whole[2:3, 1:4].tolist())]
+    assert found == due, (
+        f"overlapping: of {ours} and {apart} with the stored {key} it finds {found}, not {due}"
+    )
 
 
 def read_rows(folder, files):

@@ -78,6 +78,7 @@ def test_rectangles_are_what_a_rank_holds(step_dir, worlds):
 
 @pytest.mark.milestone(9, 11)
 def test_what_two_ranks_write_three_read(step_dir, worlds, tmp_path):
+    worlds(step_dir, 1).run(checkpoints.overlaps)
     first, second = worlds(step_dir, 2).run(checkpoints.write_rows, tmp_path, **SOON)
     assert first == second, "write_tensors should return the files of all ranks, on every rank"
     worlds(step_dir, 3).run(checkpoints.read_rows, tmp_path, first, **SOON)
@@ -108,10 +109,10 @@ def test_a_run_goes_on_on_another_layout(step_dir, worlds, tmp_path):
         found = first + rest
         assert found == [pytest.approx(step, rel=1e-10) for step in numbers], (
             f"load: {before}, then {after}: step, loss and gradient norm are {found}; without a "
-            f"stop {numbers}. If only step 3 is wrong: the averages or finish_update"
+            f"stop {numbers}. If only step 3 is wrong: does load call finish_update?"
         )
-        what = f"load: {before}, then {after}: does each entry of the optimizer have the step's "
-        assert_close(weights, final, what + "number? The weight")
+        what = f"load: {before}, then {after}: are AdamW's averages read, and does each entry of "
+        assert_close(weights, final, what + "the optimizer have the step's number? The weight")
 
 
 @pytest.mark.milestone(9, 12)
