@@ -191,10 +191,14 @@ def text():
     if group.size > 1:
         group = pg.Mesh(tp=group.size).group("tp")
     model, prompt = tiny(tp=group), [5, 60, 3, 3, 17]
-    for parameter in model.parameters():
+    whole = tiny()
+    for parameter in [*model.parameters(), *whole.parameters()]:
         parameter.data *= 3  # so that the likeliest symbol is no tie
     tokens = list(prompt)
     with torch.no_grad():
+        read = torch.tensor([tokens]), torch.arange(len(tokens))
+        found, due = generate.next_logits(model, group, *read), whole.lm_head(whole.model(*read))
+        same(found, due[0, -1], "next_logits", "those of all symbols, on every rank", 1e-10)
         for _ in range(SAMPLING["max_new_tokens"]):
             positions = torch.arange(len(tokens))
             logits = generate.next_logits(model, group, torch.tensor([tokens]), positions)
