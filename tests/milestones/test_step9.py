@@ -166,17 +166,22 @@ def test_chunks_are_dealt_out(step_dir, worlds):
         )
 
 
+def on_two(hint, step_dir, worlds, *call):
+    """What a call returns on two ranks; where it fails, with a sentence of what that means."""
+    try:
+        return worlds(step_dir, 2).run(*call, **SOON)
+    except AssertionError as error:
+        raise AssertionError(in_one_line(error, hint)) from None
+
+
 @pytest.mark.milestone(9, 15)
 def test_a_run_that_is_stopped_goes_on(step_dir, worlds, tmp_path):
     argv = SMALL + "--max_tokens 128 "  # four steps
     reference, _ = worlds(step_dir, 1).run(workers_trainer.train_and_save, argv)[0]
     argv += f"--checkpoint_dir {tmp_path / 'run'} "
-    try:
-        asked = workers_trainer.asked_to_stop, argv + "--tp_size 2", 1, 2
-        found = worlds(step_dir, 2).run(*asked, **SOON)
-    except AssertionError as error:
-        hint = "Rank 1 got a signal in step 2: do all stop after it, by state.stop of train_step?"
-        raise AssertionError(in_one_line(error, hint)) from None
+    hint = "Rank 1 got a signal in step 2: do all stop after it, by state.stop of train_step?"
+    asked = workers_trainer.asked_to_stop, argv + "--tp_size 2", 1, 2
+    found = on_two(hint, step_dir, worlds, *asked)
     due = [(2, False, True), (2, True, True)]
     assert found == due, (
         "train_step: after a signal to rank 1 in step 2 the ranks have (step, asked, stop) "
@@ -186,7 +191,8 @@ def test_a_run_that_is_stopped_goes_on(step_dir, worlds, tmp_path):
     assert said == "step_00000002\n", f"complete (checkpoint.py) writes {said!r} into RESUME"
     argv += "--resume auto --pp_size 2"
     due = [n[:3] for n in reference[2:]]
-    for numbers, _ in worlds(step_dir, 2).run(workers_trainer.train_and_save, argv, **SOON):
+    hint = "A run with --resume auto: does setup call load?"
+    for numbers, _ in on_two(hint, step_dir, worlds, workers_trainer.train_and_save, argv):
         found = [n[:3] for n in numbers]
         assert found == [pytest.approx(n, rel=1e-10) for n in due], (
             f"--resume auto after step 2: (step, loss, gradient norm) are {found}; without a stop "
