@@ -82,6 +82,14 @@ def same_step(step_dir, train_on, size, flags, steps=2, one=""):
         raise AssertionError(f"{flags}: {what}")
 
 
+def same_training(hint, *args, **options):
+    """`same_step`, with a sentence about what it usually means where it fails."""
+    try:
+        same_step(*args, **options)
+    except AssertionError as error:
+        raise AssertionError(in_one_line(error, hint)) from None
+
+
 def first_difference(reference, run):
     """Yield in words what differs from the run of one process, in the order of training."""
     yield from wrong_weights(reference.before, run.before, "as it starts", FROM_THE_START)

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 from same import same
@@ -29,24 +30,40 @@ def views():
 
     from resharding import rectangles, tensors_of
 
-    part, _ = held_part("weight", slice(2, 5), slice(4, 15))
-    found = [(*offsets, *sizes, p.start, p.stop) for offsets, sizes, p in rectangles(part)]
-    due = [(2, 4, 1, 2, 0, 2), (3, 0, 1, 6, 2, 8), (4, 0, 1, 3, 8, 11)]
-    assert found == due, (
-        f"elements 4 to 14 of rows of 6 are the rectangles (row, column, rows, columns, start, "
-        f"stop) {due}, the end of a row, a whole one, the beginning of one; found: {found}"
-    )
+    inside = slice(1, 3), [(2, 1, 1, 2, 0, 2)]
+    across = slice(4, 15), [(2, 4, 1, 2, 0, 2), (3, 0, 1, 6, 2, 8), (4, 0, 1, 3, 8, 11)]
+    for piece, due in (inside, across):
+        part, _ = held_part("weight", slice(2, 5), piece)
+        found = [(*offsets, *sizes, p.start, p.stop) for offsets, sizes, p in rectangles(part)]
+        assert found == due, (
+            f"rectangles: elements {piece.start} to {piece.stop - 1} of rows of 6 from row 2 on "
+            f"are (row, column, rows, columns, start, stop) {due}; found: {found}. There may be "
+            "the end of a row, whole ones, the beginning of one"
+        )
     optimizer = torch.optim.AdamW([part])
     tensors = tensors_of([part], optimizer)
     names = {"weight", "weight.exp_avg", "weight.exp_avg_sq"}
     assert tensors.keys() == names, f"tensors_of has {[*tensors]}, not {names}"
     places = {((2, 3), (4, 6)), ((3, 4), (0, 6)), ((4, 5), (0, 3))}
-    assert tensors["weight"].keys() == places, f"{[*tensors['weight']]}, not {places}"
+    found = {*tensors["weight"]}
+    assert found == places, f"Tensors.put enters the places {found}, not {places}"
     for view in tensors["weight"].values():
         view.fill_(5.0)
-    assert (part == 5).all(), "what is put into the views should be in the parameter: no copies"
-    for parts in (tensors["weight.exp_avg"], tensors["weight.exp_avg_sq"]):
-        assert all((view == 0).all() for view in parts.values()), "averages begin as zeros"
+    assert (part == 5).all(), (
+        "Tensors.put: what is written into the views should be in the parameter: no copies"
+    )
+    for name in ("exp_avg", "exp_avg_sq"):
+        zero = all((view == 0).all() for view in tensors[f"weight.{name}"].values())
+        assert zero, f"moments: {name} begins as zeros"
+    for number, name in enumerate(("exp_avg", "exp_avg_sq"), 1):
+        parts = tensors[f"weight.{name}"]
+        optimizer.state[part][name].fill_(number)
+        assert all((view == number).all() for view in parts.values()), (
+            f"tensors_of: the views of {name} are of another tensor than AdamW's {name}"
+        )
+
+
+NAMES = ("cut", "both", "twice1", "twice2")
 
 
 def write_rows(folder):
@@ -55,12 +72,40 @@ def write_rows(folder):
 
     world = world_group()
     cut, _ = held_part("cut", slice(0, 7), (slice(0, 20), slice(20, 42))[world.rank])
-    both, _ = held_part("both", slice(0, 7))
-    files = write_tensors(tensors_of([cut, both]), Path(folder), world)
+    parts = [cut, *(held_part(name, slice(0, 7))[0] for name in NAMES[1:])]
+    files = write_tensors(tensors_of(parts), Path(folder), world)
     keys = [key for file in files.values() for key in file["parts"]]
-    assert len(keys) == len({*keys}), "a rectangle that both ranks hold should be written once"
-    assert len(files) == 2, f"there are {len(files)} files; each rank should write one"
+    what = "write_tensors:"
+    assert len(keys) == len({*keys}), f"{what} a rectangle of both ranks should be written once"
+    assert len(files) == 2, f"{what} there are {len(files)} files; each rank should write one"
+    of_both = {name[:5] for name in files if any("twice" in key for key in files[name]["parts"])}
+    assert len(of_both) == 2, (
+        f"{what} of two weights that both ranks hold, the ranks {of_both} write all; the least "
+        "busy one should write the next"
+    )
     return files
+
+
+def overlaps():
+    """Keys of rectangles, and where two of them overlap."""
+    import torch
+
+    from resharding import overlapping, place_of, stored_key, within
+
+    stored, (ours, apart) = ((2, 7), (1, 4)), (((0, 3), (0, 6)), ((3, 7), (4, 6)))
+    key = stored_key("name", stored)
+    found = place_of(key)
+    assert found == ("name", stored), f"place_of({key!r}) is {found}, not {('name', stored)}"
+    found = within(stored, ((3, 5), (1, 2)))
+    due = slice(1, 3), slice(0, 1)
+    assert found == due, f"within({stored}, ((3, 5), (1, 2))) is {found}; it should be {due}"
+    whole = torch.arange(42.0).view(7, 6)
+    views = {place: whole[slice(*place[0]), slice(*place[1])] for place in (ours, apart)}
+    found = [(there, view.tolist()) for there, view in overlapping({"name": views}, key)]
+    due = [((slice(0, 1), slice(0, 3)), whole[2:3, 1:4].tolist())]
+    assert found == due, (
+        f"overlapping: of {ours} and {apart} with the stored {key} it finds {found}, not {due}"
+    )
 
 
 def read_rows(folder, files):
@@ -79,25 +124,30 @@ def read_rows(folder, files):
     assert not all_finite(tensors), "all_finite should notice a NaN"
     read_tensors(tensors, Path(folder), files)
     for part, expected in pairs:
-        same(part, expected, "what was read", "the same rows, wherever they were written")
-    assert all_finite(tensors)
+        what = f"read_tensors: what `overlapping` and `within` find of “{part.global_name}”"
+        same(part, expected, what, "the same rows, wherever they were written")
+    assert all_finite(tensors), "all_finite finds a number that is not finite in 0 to 46"
+    with torch.no_grad():
+        part.fill_(3e38)
+    assert all_finite(tensors), "all_finite: a sum may be too large though no number is infinite"
 
 
 def damaged(folder, files):
     """In one process: what is missing or changed is noticed."""
     from resharding import read_tensors, tensors_of
 
-    parts = [held_part(name, slice(0, 7))[0] for name in ("cut", "both")]
+    parts = [held_part(name, slice(0, 7))[0] for name in NAMES]
     tensors = tensors_of(parts)
     few = {name: about for name, about in files.items() if name != min(files)}
-    refused(lambda: read_tensors(tensors, folder, few), "are not there")
+    refused("read_tensors", lambda: read_tensors(tensors, folder, few), "are not there")
     for name in files:
         content = (folder / name).read_bytes()
         for place in (12, len(content) - 3):  # in the header, in a tensor
             changed = bytearray(content)
             changed[place] ^= 1
             (folder / name).write_bytes(changed)
-            refused(lambda: read_tensors(tensors, folder, files), f"{name}: ", "as it was written")
+            read = partial(read_tensors, tensors, folder, files)
+            refused("read_file", read, f"{name}: ", "as it was written")
         (folder / name).write_bytes(content)
 
 
@@ -123,8 +173,8 @@ def trained(flags, steps, save_to=None, resume=None):
         checkpoint.load(state)
         bad = [p.global_name for p in state.model.parameters() if p.isnan().any()]
         assert not bad, (
-            f"after load {len(bad)} weights of the model are still NaN, as {bad[0]}. With ZeRO the "
-            "optimizer works on shards, and finish_update brings them to the model"
+            f"load: after it {len(bad)} weights of the model are still NaN, as {bad[0]}. With ZeRO "
+            "the optimizer works on shards, and finish_update brings them to the model"
         )
     numbers = []
     while state.step < steps:
@@ -143,9 +193,12 @@ def what_is_the_same(folder):
 
     state = begun("", checkpoint_dir=str(folder))
     checkpoint.listen(state)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        heard = getattr(signal.getsignal(number), "__module__", "") == "checkpoint"
+        assert heard, f"listen: {number.name} should ask for a stop"
     os.kill(os.getpid(), signal.SIGUSR1)
-    assert state.asked_to_stop == signal.SIGUSR1, "a signal should be remembered by its number"
-    one, other = (checkpoint.identity(np.arange(n, dtype=np.uint8)) for n in (5, 6))
+    assert state.asked_to_stop == signal.SIGUSR1, "listen: a signal is remembered by its number"
+    one, other = (checkpoint.identity(np.arange(n, n + 5, dtype=np.uint8)) for n in (0, 1))
     assert one["tokens"] == 5 and one != other, "identity should tell data apart by their content"
     flags = {"seed": 3, "seq_len": 16, "micro_batch_size": 2, "gradient_accumulation_steps": 1}
     flags |= {"dp_size": 1, **dict.fromkeys(checkpoint.MAY_CHANGE)}
@@ -156,8 +209,8 @@ def what_is_the_same(folder):
     for changes, words in (({"seed": 4}, "--seed"), ({"seq_len": 8}, "--seq_len 16, not 8"),
                            ({"dp_size": 4}, "global batch")):  # fmt: skip
         state.args.flags = flags | changes
-        refused(lambda: checkpoint.compare(state.args, about), words)
+        refused("compare", lambda: checkpoint.compare(state.args, about), words)
     state.args.flags = flags | {"learning_rate": 1.0}
     with notes(checkpoint) as said:
         checkpoint.compare(state.args, about)
-    assert len(said) == 1, f"another learning rate may be meant: one note, not {said}"
+    assert len(said) == 1, f"compare: another learning rate may be meant: one note, not {said}"

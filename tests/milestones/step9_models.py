@@ -1,7 +1,6 @@
-"""What the checks of step 9's milestones run on ranks: models, text, chunks and casts."""
+"""What the checks of step 9's milestones run on ranks: models, text and casts."""
 
 import contextlib
-import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,156 +44,73 @@ def batches(count, size=2, length=16):
     return [(part[:, :-1], part[:, 1:], torch.arange(length)) for part in text]
 
 
-# --- 3. layers by cost, in chunks -----------------------------------------------------------------
+# --- 6. one cast ----------------------------------------------------------------------------------
 
 
-def dealt():
-    from pipeline_parallel import deal_layers
-    from presets import preset
-
-    config, layer = preset("debug"), 2 * 128 * 128 + 2 * 64 * 128 + 3 * 384 * 128
-    for layers, vocabulary, stages in ((8, 256, 3), (9, 5000, 4), (6, 5000, 2)):
-        config.num_hidden_layers, config.vocab_size = layers, vocabulary
-        table, best = 128 * vocabulary, None
-        for cuts in itertools.combinations(range(1, layers), stages - 1):
-            bounds = itertools.pairwise((0, *cuts, layers))
-            costs = [(stop - start) * layer for start, stop in bounds]
-            costs[0], costs[-1] = costs[0] + table, costs[-1] + table
-            best = min(best or max(costs), max(costs))
-        parts = deal_layers(config, stages)
-        held = [i for part in parts for i in part]
-        assert held == [*range(layers)], f"the stages hold {held}; each layer once, in order"
-        costs = [len(part) * layer for part in parts]
-        costs[0], costs[-1] = costs[0] + table, costs[-1] + table
-        assert max(costs) == best, (
-            f"{layers} layers, {vocabulary} symbols, {stages} stages: the largest cost of "
-            f"{[len(part) for part in parts]} is {max(costs):,} weights; {best:,} is possible"
-        )
+CASTS = SimpleNamespace(
+    activation_checkpointing=False, recompute_elementwise=False, gradient_accumulation_steps=3
+)
 
 
-def chunked():
-    """Which layers and chunks a rank holds, and that no bucket mixes chunks."""
-    import process_group as pg
-    from data_parallel import Bucketed
-
-    size = world_group().size
-    mesh = pg.Mesh(pp=size)
-    model = tiny(pp=mesh.group("pp"), chunks=2, num_hidden_layers=2 * size)
-    layers = [int(name.split(".")[2]) for name, _ in model.named_parameters() if ".layers." in name]
-    numbers = {
-        p.global_name: p.chunk_number for p in model.parameters() if "layers" in p.global_name
-    }
-    held = sorted({(int(name.split(".")[2]), chunk) for name, chunk in numbers.items()})
-    due = [(mesh.rank, 0), (mesh.rank + size, 1)]
-    assert held == due, f"rank {mesh.rank} holds (layer, chunk) {held}; it should be {due}"
-    assert len({*layers}) == 2
-    for bucket in Bucketed(model, mesh.group("dp")).buckets:
-        chunks = {getattr(p, "chunk_number", None) for p in bucket.parameters}
-        assert len(chunks) == 1, f"a bucket has weights of the chunks {chunks}; one each, please"
-
-
-# --- 4., 5. the plan, and to follow it ------------------------------------------------------------
-
-
-def plans():
-    from interleaved import plan
-
-    for ranks, chunks, count in ((2, 2, 2), (2, 3, 4), (3, 2, 6), (4, 2, 8)):
-        ticks, done = plan(ranks, chunks, count), {}
-        for number, tick in enumerate(ticks):
-            for rank, one in enumerate(tick):
-                if one is None:
-                    continue
-                assert one.stage % ranks == rank, f"rank {rank} does {one}, which is another one's"
-                before = one._replace(stage=one.stage + (1 if one.kind == "backward" else -1))
-                if before.stage == ranks * chunks:
-                    before = one._replace(kind="forward")
-                ready = before.stage < 0 or done.get(before, number) < number
-                assert ready, f"{one} is done in tick {number}, before {before} is there"
-                assert one not in done, f"{one} is done twice"
-                done[one] = number
-        passes, due = len(done), 2 * ranks * chunks * count
-        assert passes == due, f"{passes} passes are in the plan; there are {due}"
-        least = 2 * (chunks * count + ranks - 1)
-        assert len(ticks) == least, (
-            f"p {ranks}, c {chunks}, m {count}: {len(ticks)} ticks; {least} are enough. Compare "
-            "the order of a rank's passes, and how far it runs ahead"
-        )
-        first = [next(t[rank] for t in ticks if t[rank]) for rank in range(ranks)]
-        assert all(one.micro_batch == 0 and one.kind == "forward" for one in first)
-
-
-def interleaved(rounds):
-    """Gradients of chunks on all ranks, beside those of the whole model."""
+def with_casts(model, engine):
+    """Three micro-batches under shared_casts: its casts, {name: cast}; all of them are used."""
     import torch
 
+    from casts import shared_casts
+
+    used = set()
+    with shared_casts(model, engine, CASTS):
+        casts = {name: p.cast for name, p in model.named_parameters() if hasattr(p, "cast")}
+        for name, cast in casts.items():
+            good = cast.is_leaf and cast.dtype == torch.bfloat16
+            assert good, f"shared_casts: that of {name} should be a leaf in bfloat16"
+            cast.register_hook(lambda grad, name=name: used.add(name))
+        losses = [model(*part) for part in batches(3)]
+        for loss in losses:
+            loss.backward()
+    unused = sorted(casts.keys() - used)
+    if unused:
+        owner = type(model.get_submodule(unused[0].removesuffix(".weight"))).__name__
+        raise AssertionError(f"{owner}.forward uses no shared cast of {unused[0]}: see cast_of")
+    return casts
+
+
+def rows():
+    """On two tp ranks: the row parallel matrices have casts, and use them."""
     import process_group as pg
-    from data_parallel import Naive
-    from interleaved import build_stage
 
-    size = world_group().size
-    group, count = pg.Mesh(pp=size).group("pp"), size * rounds
-    whole = tiny(num_hidden_layers=2 * size)
-    parts = batches(count)
-    expected = sum(whole(*part) / 1000 for part in parts)
-    expected.backward()
-    model = tiny(pp=group, chunks=2, num_hidden_layers=2 * size)
-    args = SimpleNamespace(
-        pp_chunks=2, pp_engine="interleaved", gradient_accumulation_steps=count, timeline=None,
-        micro_batch_size=2, seq_len=16, cp_size=1, tp_size=1, sequence_parallel=False,
-        config=model.model.config,
-    )  # fmt: skip
-    stage = build_stage(args, model, group, Naive(model, group), torch.device("cpu"))
-    total = stage.run(iter(parts), 1000, True)
-    if group.is_last:
-        same(total, expected.detach(), "the loss", "the sum of the micro-batches' losses / 1000")
-    weights = dict(whole.named_parameters())
-    hint = "that of the whole model: each micro-batch once, through all chunks in order"
-    for parameter in model.parameters():
-        due = weights[parameter.global_name].grad
-        same(parameter.grad, due, f"the gradient of {parameter.global_name}", hint)
-    total = stage.run(iter(parts), 1000, False)
-    if group.is_last:
-        same(total, expected.detach(), "the loss of an evaluation", "that of training")
-    alive = [len(stage.alive) for stage in stage.stages]
-    assert not any(alive), f"after an evaluation {alive} micro-batches are still kept"
-
-
-# --- 6. one cast ----------------------------------------------------------------------------------
+    world = world_group()
+    model = tiny("bfloat16", tp=pg.Mesh(tp=world.size).group("tp"), tie_word_embeddings=False)
+    casts = with_casts(model, SimpleNamespace(on_gradient=lambda weight: None))
+    due = {n for n, _ in model.named_parameters() if "o_proj" in n or "down_proj" in n}
+    differ = casts.keys() ^ due
+    assert not differ, f"shared_casts: on tp ranks casts of {differ} are missing or too many"
 
 
 def shared():
     import torch
 
-    from casts import shared_casts
-
-    told, found = [], []
+    told = []
     engine = SimpleNamespace(on_gradient=lambda weight: told.append(weight.global_name))
-    args = SimpleNamespace(
-        activation_checkpointing=False, recompute_elementwise=False, gradient_accumulation_steps=3
-    )
     world_group()
-    for inside in (contextlib.nullcontext(), None):
-        model = tiny("bfloat16", tie_word_embeddings=False)
-        with inside or shared_casts(model, engine, args):
-            losses = [model(*part) for part in batches(3)]
-            if inside is None:
-                casts = {n: p.cast for n, p in model.named_parameters() if hasattr(p, "cast")}
-            for loss in losses:
-                loss.backward()
-        found.append({name: p.grad for name, p in model.named_parameters()})
+    plain, model = (tiny("bfloat16", tie_word_embeddings=False) for _ in range(2))
+    for loss in [plain(*part) for part in batches(3)]:
+        loss.backward()
+    casts = with_casts(model, engine)
+    found = [{name: p.grad for name, p in one.named_parameters()} for one in (plain, model)]
     matrices = {n for n, p in model.named_parameters() if p.dim() > 1 and "embed" not in n}
-    assert casts.keys() == matrices, f"casts of {casts.keys() ^ matrices} are missing or too many"
-    assert all(cast.is_leaf and cast.dtype == torch.bfloat16 for cast in casts.values())
+    differ = casts.keys() ^ matrices
+    assert not differ, f"shared_casts: casts of {differ} are missing or too many"
     for name, expected in found[0].items():
-        same(found[1][name], expected, f"the gradient of {name}", "the same bits as without", 0)
-        assert found[1][name].dtype == torch.float32, f"the gradient of {name} is not float32"
+        what = f"hand_over: the gradient of {name}"
+        same(found[1][name], expected, what, "the same bits as without", 0)
+        assert found[1][name].dtype == torch.float32, f"{what} is not float32"
     count = {told.count(name) for name in matrices}
     assert count == {3}, (
-        f"the engine is told of a weight's gradient {count} times; 3 passes have one"
+        f"hand_over: the engine is told of a weight's gradient {count} times; 3 passes have one"
     )
     left = [name for name, p in model.named_parameters() if hasattr(p, "cast")]
-    assert not left, f"{len(left)} casts are still there after the step, as that of {left[0]}"
+    assert not left, f"shared_casts: {len(left)} casts are there after it, as that of {left[0]}"
 
 
 def switch():
@@ -224,7 +140,7 @@ def exported(folder):
         huggingface.load_hf(state.model, str(folder))
         hint = "this rank's slice of what was exported"
         for parameter, expected in zip(state.model.parameters(), before, strict=True):
-            same(parameter, expected, parameter.global_name, hint)
+            same(parameter, expected, f"load_hf: {parameter.global_name}", hint)
         tokens, _, positions = batches(1)[0]
         ours = state.model.lm_head(state.model.model(tokens, positions))
         if state.mesh.world.is_first:
@@ -233,13 +149,14 @@ def exported(folder):
             theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
             theirs = theirs(tokens).logits[..., state.model.lm_head.weight.held[0]]
             # They compute rotations in float32.
-            same(theirs, ours, "the logits of transformers", "ours", tolerance=1e-5)
+            what = "export: the logits of transformers"
+            same(theirs, ours, what, "ours", tolerance=1e-5)
     config = state.model.model.config
     for layers, words in ((1, "not a Llama"), (3, "is missing there")):
         config.num_hidden_layers = layers
-        refused(lambda: huggingface.stored_slices(folder, config), words)
+        refused("stored_slices", lambda: huggingface.stored_slices(folder, config), words)
     left = [path.name for path in Path(folder).parent.iterdir()]
-    assert left == [Path(folder).name], f"what was written aside is left: {left}"
+    assert left == [Path(folder).name], f"give_name leaves what was written aside: {left}"
 
 
 def failing_export(folder):
@@ -255,10 +172,10 @@ def failing_export(folder):
                 raise OSError(code, "no room") if code else ValueError("else")
 
         with contextlib.suppress(ValueError):
-            refused(fail, f"--save_hf {folder}")
+            refused("writing", fail, f"--save_hf {folder}")
         place = aside.hidden(folder)
         left = sorted(path.name for path in place.iterdir()) if place.exists() else []
-        assert left == kept, f"after the error {code} there is {left} aside; it should be {kept}"
+        assert left == kept, f"writing: after error {code} there is {left} aside, not {kept}"
 
 
 # --- 14. text -------------------------------------------------------------------------------------
@@ -274,10 +191,14 @@ def text():
     if group.size > 1:
         group = pg.Mesh(tp=group.size).group("tp")
     model, prompt = tiny(tp=group), [5, 60, 3, 3, 17]
-    for parameter in model.parameters():
+    whole = tiny()
+    for parameter in [*model.parameters(), *whole.parameters()]:
         parameter.data *= 3  # so that the likeliest symbol is no tie
     tokens = list(prompt)
     with torch.no_grad():
+        read = torch.tensor([tokens]), torch.arange(len(tokens))
+        found, due = generate.next_logits(model, group, *read), whole.lm_head(whole.model(*read))
+        same(found, due[0, -1], "next_logits", "those of all symbols, on every rank", 1e-10)
         for _ in range(SAMPLING["max_new_tokens"]):
             positions = torch.arange(len(tokens))
             logits = generate.next_logits(model, group, torch.tensor([tokens]), positions)
@@ -285,12 +206,12 @@ def text():
     expected = tokens[len(prompt) :]
     found = generate.generate(model, group, prompt, SimpleNamespace(**SAMPLING), [])
     assert found == expected, (
-        f"with the cache the symbols are {found}; without, reading the whole text for each, "
-        f"{expected}: perhaps positions begin anew, or a key is kept in a wrong place"
+        f"generate: with the Cache the symbols are {found}; without, reading the whole text for "
+        f"each, {expected}: perhaps positions begin anew, or Cache keeps a key in a wrong place"
     )
     end = expected[4]
     found = generate.generate(model, group, prompt, SimpleNamespace(**SAMPLING), [end])
-    assert found == expected[: expected.index(end) + 1], "nothing should follow an end symbol"
+    assert found == expected[: expected.index(end) + 1], "generate: nothing follows an end"
     return expected
 
 
@@ -313,4 +234,4 @@ def draws():
         drawn = [sample(logits.clone(), *case, generator) for _ in range(4000)]
         found = [drawn.count(symbol) / len(drawn) for symbol in range(4)]
         apart = max(abs(a - b) for a, b in zip(found, expected, strict=True))
-        assert apart < 0.03, f"temperature, top_k, top_p {case}: {found}, not {expected}"
+        assert apart < 0.03, f"sample, (temperature, top_k, top_p) {case}: {found}, not {expected}"

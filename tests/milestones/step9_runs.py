@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 from same import SMALL
 
@@ -20,16 +21,19 @@ def world_group():
     return pg.Mesh(tp=pg.dist.get_world_size()).world
 
 
-def begun(flags, **changes):
+def begun(flags_of_run, **changes):
     """The state of a small run, with all that step 9 asks of one; changes: of its arguments."""
     import presets
 
     name = "huggingface"  # flags.py asks for it, but a reader writes it later
     if name not in sys.modules and importlib.util.find_spec(name) is None:
         sys.modules[name] = SimpleNamespace(load_checked_config=presets.load_config)
+    import flags
     import train
 
-    state = train.setup(train.parse_args((SMALL + flags).split()))
+    with patch.object(flags, "load_checked_config", presets.load_config):  # it may be a stub
+        args = train.parse_args((SMALL + flags_of_run).split())
+    state = train.setup(args)
     state.args.data = {"tokens": 1, "held_out": None, "sha256": "0" * 64}
     vars(state.args).update(changes)
     for name in ("asked_to_stop", "stop", "not_saved"):  # that train.py will give it
@@ -37,17 +41,17 @@ def begun(flags, **changes):
     return state
 
 
-def refused(act, *words):
-    """Demand that a call ends with a UserError that says some words."""
+def refused(by, act, *words):
+    """Demand that a call ends with a UserError that says some words; by: whose error it is."""
     from errors import UserError
 
     try:
         act()
     except UserError as error:
         missing = [word for word in words if word not in str(error)]
-        assert not missing, f"the error should name {missing}; it says: {error}"
+        assert not missing, f"{by}: the error should name {missing}; it says: {error}"
         return error
-    raise AssertionError(f"no UserError was raised; one that names {words} should be")
+    raise AssertionError(f"{by}: no UserError was raised; one that names {words} should be")
 
 
 # --- 1. what all ranks learn ----------------------------------------------------------------------
@@ -74,18 +78,21 @@ def all_ranks_learn():
         try:
             pg.from_all(world, lambda kind=kind: make(kind))
         except (UserError, OSError) as error:
-            assert "no room" in str(error) and error.on_all_ranks, "the error is not marked"
+            marked = "no room" in str(error) and getattr(error, "on_all_ranks", False)
+            assert marked, "from_all: the error is not marked as one that on_all_ranks has seen"
         else:
-            raise AssertionError(f"rank {world.rank} goes on though the last rank has an error")
-    error = refused(lambda: pg.from_first(world, lambda: make_error(UserError)), "first")
-    assert error.on_all_ranks, "from_first should mark the error that it raises on all ranks"
+            raise AssertionError(f"from_all: rank {world.rank} goes on; the last one has an error")
+    error = refused("from_first", lambda: pg.from_first(world, lambda: make_error(UserError)))
+    assert getattr(error, "on_all_ranks", False), (
+        "from_first should mark the error that it raises on all ranks, with on_all_ranks"
+    )
 
     with torch.device("meta"):
         model = Llama(preset("debug"))
     materialize(model, None, torch.device("cpu"))
     for parameter in model.parameters():
         assert parameter.isnan().all(), (
-            "with seed None each weight should be NaN until it is loaded"
+            "materialize with seed None: each weight should be NaN until it is loaded"
         )
 
 
@@ -106,16 +113,23 @@ def config_files(folder):
     parser.add_argument("--dp_size", type=int, default=1)
     parser.add_argument("--compile", action="store_true")
     file = folder / "flags.json"
-    file.write_text(json.dumps({"tp_size": 2, "dp_size": 3, "compile": True}))
+    file.write_text(json.dumps({"tp_size": 2, "dp_size": 0, "compile": True}))
     args = parse_with_file(parser, ["--tp_size", "4", "--config", str(file)])
-    assert args.tp_size == 4, f"--tp_size is {args.tp_size}; what was typed, 4, should win"
-    assert args.dp_size == 3 and args.compile, "the flags of the file are not there"
-    flags = {"tp_size": 4, "dp_size": 3, "compile": True}
-    assert args.flags == flags, f"args.flags is {args.flags}, not {flags}"
+    assert args.tp_size == 4, (
+        f"parse_with_file: --tp_size is {args.tp_size}; what was typed, 4, should win over the file"
+    )
+    assert args.dp_size == 0 and args.compile, (
+        f"flags_in: of the file's flags dp_size 0 and compile true there are {args.dp_size} and "
+        f"{args.compile}; a 0 is given, too"
+    )
+    flags = {"tp_size": 4, "dp_size": 0, "compile": True}
+    assert args.flags == flags, f"parse_with_file: args.flags is {args.flags}, not {flags}"
     write_config(SimpleNamespace(checkpoint_dir=str(folder), flags=flags))
-    assert json.loads((folder / "config.json").read_text()) == flags
+    there = json.loads((folder / "config.json").read_text())
+    assert there == flags, f"write_config writes {there}, not {flags}"
     file.write_text('{"tp_sise": 2}')
-    refused(lambda: parse_with_file(parser, ["--config", str(file)]), "--config", "tp_sise")
+    wrong = ["--config", str(file)]
+    refused("flags_in", lambda: parse_with_file(parser, wrong), "--config", "tp_sise")
 
 
 def metrics_up_to(folder):
@@ -132,17 +146,24 @@ def metrics_up_to(folder):
     args = SimpleNamespace(metrics_file=str(path), use_wandb=False, flags={}, tokens_per_step=7)
     reports = Metrics(args, torch.device("cpu"), 1.0, 1)
     reports.open(1)
-    assert reports.tokens == 7, "a run that goes on from step 1 has trained on its tokens"
+    assert reports.tokens == 7, "Metrics.open: a run that goes on from step 1 trained on its tokens"
     reports.close()
-    assert path.read_text() == lines[0], "the lines after the step that is gone on from should go"
-    before = reports.clock
+    found = path.read_text()
+    assert found == lines[0], (
+        f"MetricsFile.__init__ leaves {found!r}; lines after the step that goes on should go"
+    )
+    before, begun = reports.clock, time.perf_counter()
     with reports.paused():
         time.sleep(0.05)
-    assert reports.clock >= before + 0.05, (
-        "paused should move the clock on by the time that it took"
+    took, moved = time.perf_counter() - begun, reports.clock - before
+    assert 0.05 <= moved <= took, (
+        f"Metrics.paused moves the clock by {moved:.3f} s; it should be by the {took:.3f} s that "
+        "it took: what was trained before still counts"
     )
-    assert not metrics_file.same_flags({"tp_size": 1}, {"tp_size": 2})
-    assert metrics_file.same_flags({"resume": "auto"}, {"resume": None}), "resume may differ"
+    wrong = metrics_file.same_flags({"tp_size": 1}, {"tp_size": 2})
+    assert not wrong, "same_flags takes --tp_size 1 and 2 for the same"
+    same = metrics_file.same_flags({"resume": "auto"}, {"resume": None})
+    assert same, "same_flags: --resume may differ"
 
 
 # --- 7., 8. a directory ---------------------------------------------------------------------------
@@ -166,30 +187,42 @@ def complete_or_absent(folder):
 
     name = rd.begin(folder, 2)
     assert rd.HIDDEN.fullmatch(name), f"begin makes {name}; its name should be hidden"
-    assert rd.checkpoints(folder) == [], "a directory that is being written is no checkpoint yet"
+    found = rd.checkpoints(folder)
+    assert found == [], f"checkpoints finds {found}, which is being written and none yet"
     other = folder / ".step_00000002-mine"
     other.mkdir()
     one, two = written(folder, 2, "0" * 16), written(folder, 4, "0" * 16)
     left = [path.name for path in folder.glob(".step_*")]
-    assert left == [other.name], f"of hidden directories {left} are left; only {other.name} should"
-    assert rd.checkpoints(folder) == [one, two], "checkpoints should be sorted by step"
-    assert rd.read_about("--resume", two)["step"] == 4
+    assert left == [other.name], (
+        f"clean leaves the hidden directories {left}; only {other.name} is none of ours"
+    )
+    with patch.object(Path, "glob", lambda path, pattern: iter([two, one])):
+        found = rd.checkpoints(folder)
+    assert found == [one, two], "checkpoints should be sorted by step, whatever the disk's order"
+    step = rd.read_about("--resume", two)["step"]
+    assert step == 4, f"read_about of step 4 says step {step}"
     text = (two / "checkpoint.json").read_text()
     another = text.replace('"tokenizer": null', '"tokenizer": true')
     for changed in (another, text.replace('"step": 4', '"step": 5'), text[:-9], "", "[1]"):
         (two / "checkpoint.json").write_text(changed)
-        refused(lambda: rd.read_about("--resume", two), "--resume", "damaged")
+        refused("read_about", lambda: rd.read_about("--resume", two), "--resume", "damaged")
     (two / "checkpoint.json").write_text(text)
     (two / "0.safetensors").write_bytes(b"numb")
-    refused(lambda: rd.read_about("--resume", two), "0.safetensors has 4 of 7 bytes")
+    words = "0.safetensors has 4 of 7 bytes"
+    refused("read_about", lambda: rd.read_about("--resume", two), words)
+    three = written(folder, 1, "0" * 16)
     with notes(rd) as said:
         path, about = rd.newest_sound("--resume auto:", rd.checkpoints(folder))
-    assert path == one and about["step"] == 2, "an older, whole checkpoint should be taken"
-    assert len(said) == 1, f"the damaged one should be named in one note; notes: {said}"
-    assert rd.newest_sound("", []) == (None, None)
+    assert path == one and about["step"] == 2, (
+        f"newest_sound takes {path.name}; of {three.name}, {one.name} and {two.name}, which is "
+        f"damaged, it should take {one.name}"
+    )
+    assert len(said) == 1, f"newest_sound: one note should name the damaged one; notes: {said}"
+    found = rd.newest_sound("", [])
+    assert found == (None, None), f"newest_sound of no checkpoints is {found}, not (None, None)"
     with notes(rd):
         written(folder, 4, "0" * 16)
-    assert (folder / "step_00000004.damaged1").is_dir(), "the damaged one should stay, renamed"
+    assert (folder / "step_00000004.damaged1").is_dir(), "complete: what is damaged stays, renamed"
 
 
 @contextlib.contextmanager
@@ -208,6 +241,9 @@ def whose(folder):
     here, elsewhere = folder / "here", folder / "elsewhere"
     for place in (here, elsewhere):
         place.mkdir()
+        first, second = rd.run_id(place), rd.run_id(place)
+        assert first == second, f"run_id of a directory is {first}, then {second}: keep it there"
+    assert rd.run_id(here) != rd.run_id(elsewhere), "run_id: two directories have the same one"
     mine = [written(here, step) for step in (2, 4, 6, 8)]
     foreign = shutil.copytree(written(elsewhere, 1), here / "step_00000001")
     shutil.copytree(mine[0], here / "step_00000002_good")
@@ -215,12 +251,17 @@ def whose(folder):
     mine[1].symlink_to(archive)
     found = [path.name for path in rd.own(here)]
     assert found == [path.name for path in mine], f"own finds {found}: only what has our run's id"
-    rd.keep(here, 1)
+    rd.keep(here, 1, [mine[0]])
     there = sorted(path.name for path in here.iterdir() if path.name[0] != ".")
-    due = [foreign.name, "step_00000002_good", mine[3].name]
-    assert there == due, f"after keep(…, 1) there are {there}; {due} should be"
-    assert (archive / "checkpoint.json").exists(), "of a link only the link may be deleted"
-    assert rd.write_tokenizer("bytes", here) == {}, "the tokenizer `bytes` has no files"
+    due = [foreign.name, mine[0].name, "step_00000002_good", mine[3].name]
+    assert there == due, (
+        f"after keep(…, 1, kept=[{mine[0].name}]) there are {there}; {due} should be: our own but "
+        "for the last one and those in `kept` are deleted"
+    )
+    content = archive / "checkpoint.json"
+    assert content.exists(), "delete: of a link only the link may be deleted, not what it leads to"
+    found = rd.write_tokenizer("bytes", here)
+    assert found == {}, f"write_tokenizer: `bytes` has no files, not {found}"
 
 
 # --- 9. the lock ----------------------------------------------------------------------------------
@@ -231,27 +272,36 @@ def locks(folder):
 
     first, second = lock.Lock(folder), lock.Lock(folder)
     first.take()
-    error = refused(second.take, "--checkpoint_dir", f"process {os.getpid()}", "writes there")
-    assert "\n" not in str(error)
+    words = "--checkpoint_dir", f"process {os.getpid()}", "writes there"
+    error = refused("Lock.take, of a lock that is held", second.take, *words)
+    assert "\n" not in str(error), f"Lock.refusal should be one line: {error}"
     first.check()
     first.release()
-    assert not first.path.exists(), "release should delete the lock"
+    assert not first.path.exists(), "Lock.release should delete the lock"
     first.path.write_text(json.dumps({**first.own, "started": "1"}))  # its number is another's now
+    gone = lock.is_gone(lock.read(first.path)[0])
+    assert gone, "is_gone: a process that began at another time is not the holder, who is gone"
     begin = time.monotonic()
     second.take()
-    assert time.monotonic() - begin < 5, "the lock of a process that is gone should be free at once"
+    took = time.monotonic() - begin
+    assert took < 5, f"Lock.take waits {took:.0f} s for a process that is gone; its lock is free"
     second.path.write_text('{"host": "elsewhere", "process": 7}')
-    refused(second.check, "process 7 on elsewhere")
+    refused("Lock.check", second.check, "process 7 on elsewhere")
     second.release()
-    assert second.path.exists(), "release should not delete the lock of somebody else"
+    assert second.path.exists(), "Lock.release should not delete the lock of somebody else"
     lock.SILENT, silent = 0.3, lock.SILENT
     with notes(lock) as said:
         first.take()
     lock.SILENT = silent
-    assert len(said) == 1, "a lock of another host: one note that the run waits for a sign of life"
+    assert len(said) == 1, (
+        f"Lock.wait_for_a_sign: of another host's lock one note says that we wait, not {said}"
+    )
     first.release()
     main = lock.alone(lambda args: args.lock.path.exists())
     args = SimpleNamespace(checkpoint_dir=str(folder), lock=None, found=[])
-    assert main(args) and not args.lock.path.exists(), "alone holds the lock while main runs"
+    held, left = main(args), args.lock.path.exists()
+    args.lock.release()
+    assert held and not left, "alone should hold the lock while main runs, and release it then"
     args.found = ["step_00000002"]
-    refused(lambda: main(args), "another run has just written there")
+    refused("alone", lambda: main(args), "another run has just written there")
+    assert not args.lock.path.exists(), "alone should release the lock when main fails, too"

@@ -1,8 +1,11 @@
 """The milestones of step 3: windows, batches, texts, tokens, and the loss of a step."""
 
+import re
+
 import pytest
 import workers_step3 as workers
 import workers_step3_texts as texts
+import workers_step3_tokens as tokens
 from harness import World
 from launch import launch
 from same import SMALL, same_step
@@ -31,7 +34,7 @@ def cached(tmp_path_factory):
 
 
 @pytest.mark.milestone(3, 1)
-@each(workers.windows, workers.order, workers.cut)
+@each(workers.windows, workers.order, workers.cut, workers.one_line)
 def test_windows_and_their_order(step_dir, worlds, function):
     worlds(step_dir, 1).run(function)
 
@@ -43,25 +46,25 @@ def test_the_sequences_of_a_step(step_dir, worlds, function):
 
 
 @pytest.mark.milestone(3, 3)
-@each(texts.chosen_files, texts.links)
+@each(texts.names, texts.below, texts.chosen_files)
 def test_which_files(step_dir, worlds, function, tmp_path):
     worlds(step_dir, 1).run(texts.within, tmp_path, function)
 
 
 @pytest.mark.milestone(3, 4)
-@each(texts.readers, texts.sliced)
+@each(texts.readers, texts.sliced, texts.of_datasets)
 def test_texts_a_piece_at_a_time(step_dir, worlds, function, tmp_path):
     worlds(step_dir, 1).run(texts.within, tmp_path, function)
 
 
 @pytest.mark.milestone(3, 5)
-@each(texts.kept, texts.stopped)
+@each(tokens.kept, tokens.stopped)
 def test_complete_or_absent(step_dir, worlds, function, tmp_path):
     worlds(step_dir, 1).run(texts.within, tmp_path, function)
 
 
 @pytest.mark.milestone(3, 6)
-@each(texts.tokens_of_texts, texts.many_processes)
+@each(tokens.in_batches, tokens.large_ids, tokens.tokens_of_texts, tokens.many_processes)
 def test_from_a_name_to_tokens(step_dir, cached, function, tmp_path):
     cached(step_dir, 1).run(texts.within, tmp_path, function)
 
@@ -69,11 +72,12 @@ def test_from_a_name_to_tokens(step_dir, cached, function, tmp_path):
 @pytest.mark.milestone(3, 6)
 def test_one_rank_tokenises(step_dir, cached, tmp_path):
     (tmp_path / "a.txt").write_text("only once")
-    found = cached(step_dir, 3).run(texts.on_several_ranks, str(tmp_path))
-    assert {tokens for tokens, _ in found} == {b"only once\0"}, "the ranks have different tokens"
+    found = cached(step_dir, 3).run(tokens.on_several_ranks, str(tmp_path))
+    what = "load_tokens on three ranks:"
+    assert {own for own, _ in found} == {b"only once\0"}, f"{what} they have different tokens"
     made = [count for _, count in found]
     assert made == [1, 0, 0], (
-        f"the three ranks made {made} tokenizers; the first one should tokenise for all"
+        f"{what} they made {made} tokenizers; the first one should tokenise for all"
     )
 
 
@@ -87,6 +91,16 @@ def test_the_mean_over_micro_batches(step_dir, worlds, sizes):
 @each(workers.graphs, workers.of_a_step)
 def test_the_loss_of_a_step(step_dir, worlds, function):
     worlds(step_dir, 1).run(function)
+
+
+@pytest.mark.milestone(3, 8)
+def test_one_update(step_dir, worlds):
+    worlds(step_dir, 1).run(tokens.update)
+
+
+@pytest.mark.milestone(3, 8)
+def test_a_text_for_validation(step_dir, cached, tmp_path):
+    cached(step_dir, 1).run(texts.within, tmp_path, tokens.apart)
 
 
 @pytest.mark.milestone(3, 8)
@@ -105,5 +119,6 @@ def test_replicas_train_as_one_process(step_dir, train_on):
 def test_the_program(step_dir):
     result = launch(step_dir, SMALL.replace("4096", "96"), ranks=1)
     assert result.code == 0, f"python train.py ends with {result.code}: {result.errors[0]}"
-    assert [line["step"] for line in result.metrics] == [1, 2, 3], "96 tokens are three steps of 32"
-    assert "held-out loss" in result.out, "train.py should end with a line about the held-out loss"
+    steps = [line["step"] for line in result.metrics]
+    assert steps == [1, 2, 3], f"main trains the steps {steps}; 96 tokens are three steps of 32"
+    assert re.search(r"held-out loss \d", result.out), "main should end with a held-out loss"

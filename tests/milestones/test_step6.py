@@ -6,7 +6,7 @@ What runs on the ranks is in step6_engines.py and step6_zero.py.
 import pytest
 import step6_engines
 import step6_zero
-from same import in_one_line, same_step
+from same import same_training
 
 pytestmark = pytest.mark.usefixtures("worlds")
 
@@ -84,14 +84,6 @@ def test_buckets_are_summed(step_dir, worlds, size):
 # --- 5. the training step -------------------------------------------------------------------------
 
 FOUR = "--gradient_accumulation_steps 4 "
-
-
-def same_training(hint, *args, **options):
-    """`same_step`, with a sentence about what it usually means where it fails."""
-    try:
-        same_step(*args, **options)
-    except AssertionError as error:
-        raise AssertionError(in_one_line(error, hint)) from None
 
 
 @pytest.mark.milestone(6, 5)

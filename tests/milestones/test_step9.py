@@ -2,12 +2,13 @@
 
 import pytest
 import step9_checkpoints as checkpoints
+import step9_chunks as chunks
 import step9_models as models
 import step9_runs as runs
 import workers_setup
 import workers_trainer
 from harness import assemble, assert_close
-from same import SMALL, same_step
+from same import SMALL, in_one_line, same_training
 
 pytestmark = pytest.mark.usefixtures("worlds")
 SOON = {"timeout": 30}  # seconds after which ranks that wait for each other are ended
@@ -27,26 +28,26 @@ def test_what_a_run_leaves(step_dir, worlds, tmp_path, check):
 
 @pytest.mark.milestone(9, 3)
 def test_layers_by_cost_in_chunks(step_dir, worlds):
-    worlds(step_dir, 1).run(models.dealt)
-    worlds(step_dir, 2).run(models.chunked)
-    worlds(step_dir, 3).run(models.chunked)
+    worlds(step_dir, 1).run(chunks.dealt)
+    worlds(step_dir, 2).run(chunks.chunked)
+    worlds(step_dir, 3).run(chunks.chunked)
 
 
 @pytest.mark.milestone(9, 4)
 def test_the_plan(step_dir, worlds):
-    worlds(step_dir, 1).run(models.plans)
+    worlds(step_dir, 1).run(chunks.plans)
 
 
 @pytest.mark.milestone(9, 5)
 @pytest.mark.parametrize("size, rounds", [(2, 2), (3, 1)])
 def test_chunks_that_follow_the_plan(step_dir, worlds, size, rounds):
-    worlds(step_dir, size).run(models.interleaved, rounds, **SOON)
+    worlds(step_dir, size).run(chunks.interleaved, rounds, **SOON)
 
 
 @pytest.mark.milestone(9, 6)
-@pytest.mark.parametrize("check", [models.shared, models.switch])
-def test_one_cast_for_all_micro_batches(step_dir, worlds, check):
-    worlds(step_dir, 1).run(check)
+@pytest.mark.parametrize("size, check", [(1, models.shared), (2, models.rows), (1, models.switch)])
+def test_one_cast_for_all_micro_batches(step_dir, worlds, size, check):
+    worlds(step_dir, size).run(check, **SOON)
 
 
 @pytest.mark.milestone(9, 7)
@@ -77,6 +78,7 @@ def test_rectangles_are_what_a_rank_holds(step_dir, worlds):
 
 @pytest.mark.milestone(9, 11)
 def test_what_two_ranks_write_three_read(step_dir, worlds, tmp_path):
+    worlds(step_dir, 1).run(checkpoints.overlaps)
     first, second = worlds(step_dir, 2).run(checkpoints.write_rows, tmp_path, **SOON)
     assert first == second, "write_tensors should return the files of all ranks, on every rank"
     worlds(step_dir, 3).run(checkpoints.read_rows, tmp_path, first, **SOON)
@@ -106,10 +108,11 @@ def test_a_run_goes_on_on_another_layout(step_dir, worlds, tmp_path):
         rest, final = run_of(worlds, step_dir, 2, after, 3, None, resume)
         found = first + rest
         assert found == [pytest.approx(step, rel=1e-10) for step in numbers], (
-            f"{before}, then {after}: step, loss and gradient norm are {found}; without a stop "
-            f"{numbers}. If only step 3 is wrong: the averages, the step's number, or finish_update"
+            f"load: {before}, then {after}: step, loss and gradient norm are {found}; without a "
+            f"stop {numbers}. If only step 3 is wrong: does load call finish_update?"
         )
-        assert_close(weights, final, f"{before}, then {after}: the weight")
+        what = f"load: {before}, then {after}: are AdamW's averages read, and does each entry of "
+        assert_close(weights, final, what + "the optimizer have the step's number? The weight")
 
 
 @pytest.mark.milestone(9, 12)
@@ -141,7 +144,12 @@ def test_text(step_dir, worlds):
 )
 def test_a_step_is_that_of_one_process(step_dir, train_on, flags):
     shape = "--num_hidden_layers 4 --gradient_accumulation_steps 2"
-    same_step(step_dir, train_on, 2, f"--num_hidden_layers 4 {flags}", one=shape)
+    hint = {
+        "the loss of step": "Does mean_loss sum over all groups of ranks, pp among them?",
+        "grad_norm of step": "Does train_step give gradient_norm a group that contains pp and tp?",
+        "": "Look at setup and train_step in train.py.",
+    }
+    same_training(hint, step_dir, train_on, 2, f"--num_hidden_layers 4 {flags}", one=shape)
 
 
 @pytest.mark.milestone(9, 15)
@@ -152,7 +160,18 @@ def test_chunks_are_dealt_out(step_dir, worlds):
     for rank, shapes in enumerate(worlds(step_dir, 2).run(workers_setup.shapes_of, SMALL + flags)):
         layers = {int(name.split(".")[2]) for name in shapes if ".layers." in name}
         due = {rank, rank + 2}
-        assert layers == due, f"of two chunks each rank {rank} has the layers {layers}, not {due}"
+        assert layers == due, (
+            f"setup: of two chunks each rank {rank} has the layers {layers}, not {due}; does it "
+            "give --pp_chunks to apply_pipeline_parallel?"
+        )
+
+
+def on_two(hint, step_dir, worlds, *call):
+    """What a call returns on two ranks; where it fails, with a sentence of what that means."""
+    try:
+        return worlds(step_dir, 2).run(*call, **SOON)
+    except AssertionError as error:
+        raise AssertionError(in_one_line(error, hint)) from None
 
 
 @pytest.mark.milestone(9, 15)
@@ -160,14 +179,22 @@ def test_a_run_that_is_stopped_goes_on(step_dir, worlds, tmp_path):
     argv = SMALL + "--max_tokens 128 "  # four steps
     reference, _ = worlds(step_dir, 1).run(workers_trainer.train_and_save, argv)[0]
     argv += f"--checkpoint_dir {tmp_path / 'run'} "
-    found = worlds(step_dir, 2).run(
-        workers_trainer.asked_to_stop, argv + "--tp_size 2", 1, 2, **SOON
-    )
+    hint = "Rank 1 got a signal in step 2: do all stop after it, by state.stop of train_step?"
+    asked = workers_trainer.asked_to_stop, argv + "--tp_size 2", 1, 2
+    found = on_two(hint, step_dir, worlds, *asked)
     due = [(2, False, True), (2, True, True)]
     assert found == due, (
-        f"after a signal to rank 1 in step 2 the ranks have (step, asked, stop) {found}, not {due}"
+        "train_step: after a signal to rank 1 in step 2 the ranks have (step, asked, stop) "
+        f"{found}, not {due}"
     )
-    assert (tmp_path / "run" / "RESUME").read_text() == "step_00000002\n"
+    said = (tmp_path / "run" / "RESUME").read_text()
+    assert said == "step_00000002\n", f"complete (checkpoint.py) writes {said!r} into RESUME"
     argv += "--resume auto --pp_size 2"
-    for numbers, _ in worlds(step_dir, 2).run(workers_trainer.train_and_save, argv, **SOON):
-        assert [n[:3] for n in numbers] == [pytest.approx(n[:3], rel=1e-10) for n in reference[2:]]
+    due = [n[:3] for n in reference[2:]]
+    hint = "A run with --resume auto: does setup call load?"
+    for numbers, _ in on_two(hint, step_dir, worlds, workers_trainer.train_and_save, argv):
+        found = [n[:3] for n in numbers]
+        assert found == [pytest.approx(n, rel=1e-10) for n in due], (
+            f"--resume auto after step 2: (step, loss, gradient norm) are {found}; without a stop "
+            f"{due}. Does setup call load?"
+        )

@@ -18,17 +18,18 @@ def arguments(**other):
     return SimpleNamespace(**(fields | rest | other))
 
 
-def refused(function, *words):
-    """Demand that a call raises UserError, with these words in its message."""
+def refused(function, *words, by=None):
+    """Demand that a call raises UserError, with these words in its message; by: who should."""
     from errors import UserError
 
+    who = f"{by}: " if by else ""
     try:
         function()
     except UserError as error:
         lacking = [word for word in words if word not in str(error)]
-        assert not lacking, f"the message “{error}” does not say {', '.join(lacking)}"
+        assert not lacking, f"{who}the message “{error}” does not say {', '.join(lacking)}"
     else:
-        raise AssertionError(f"no UserError is raised that says {', '.join(words)}")
+        raise AssertionError(f"{who}no UserError is raised that says {', '.join(words)}")
 
 
 # --- 1. windows and their order -------------------------------------------------------------------
@@ -40,18 +41,19 @@ def windows():
     for tokens, count in ((0, 0), (1, 0), (5, 0), (6, 1), (10, 1), (11, 2), (18, 3)):
         found = len(Windows(TOKENS[:tokens], 5))
         assert found == count, (
-            f"{tokens} tokens give {found} windows of --seq_len 5; it should be {count}: each one "
-            "takes 5 tokens, and the last one needs one more as its last target"
+            f"Windows.__len__: {tokens} tokens give {found} windows of --seq_len 5; it should be "
+            f"{count}: each one takes 5 tokens, and the last one needs one more as its last target"
         )
     made = Windows(TOKENS, 5)
     for index in (0, 1, 7):
         window, due = made[index], list(range(5 * index, 5 * index + 6))
         assert isinstance(window, torch.Tensor) and window.dtype == torch.int64, (
-            "a window is a tensor of int64: the embedding takes no other whole numbers of NumPy"
+            "Windows.__getitem__ should give a tensor of int64: the embedding takes no other whole "
+            "numbers of NumPy"
         )
         assert window.tolist() == due, (
-            f"window {index} of the tokens 0, 1, 2, … is {window.tolist()}; it should be {due}: "
-            "seq_len + 1 tokens, and its first one is the last one of the window before"
+            f"Windows.__getitem__({index}) of the tokens 0, 1, 2, … is {window.tolist()}; it "
+            f"should be {due}: seq_len + 1 tokens, the first one the last of the window before"
         )
 
 
@@ -66,20 +68,22 @@ def order():
     epochs = [first[start : start + 10] for start in (0, 10, 20)]
     for number, epoch in enumerate(epochs):
         assert sorted(epoch) == list(range(10)), (
-            f"epoch {number} of 10 windows is {epoch}; each of 0 to 9 should be there once"
+            f"Order.sequence: epoch {number} of 10 windows is {epoch}; each of 0 to 9 should be "
+            "there once"
         )
-    assert epochs[0] != epochs[1], "two epochs come in the same order: put the epoch into the seed"
-    assert list(range(10)) not in epochs, "an epoch is in the order of the text: it is not shuffled"
+    what = "Order.sequence:"
+    assert list(range(10)) not in epochs, f"{what} an epoch is in the text's order, not shuffled"
+    assert epochs[0] != epochs[1], f"{what} two epochs have one order: put the epoch into the seed"
     torch.manual_seed(1)
     assert row(3) == first, (
-        "the same seed gives another order the next time: it depends on something else too, maybe "
-        "on torch's own generator. Make a new generator from the seed and the epoch"
+        f"{what} the same seed gives another order the next time: it depends on something else "
+        "too, maybe on torch's own generator. Make a new one from the seed and the epoch"
     )
-    assert row(4) != first, "another seed gives the same order"
+    assert row(4) != first, f"{what} another seed gives the same order"
     back = [25, 3, 17, 4]
     assert row(3, back) == [first[position] for position in back], (
-        "position 3 asked for after position 25 gives another window than in order: an epoch must "
-        "be a function of the seed and its number, not of what was asked before"
+        f"{what} position 3 asked for after position 25 gives another window than in order: an "
+        "epoch must be a function of the seed and its number, not of what was asked before"
     )
 
 
@@ -94,11 +98,19 @@ def cut():
             found = list(islice(made.cut(size, step), 4 // size))
             due = [expected.sequence(4 * step + row) for row in range(4)]
             assert sum(found, []) == due, (
-                f"step {step} in micro-batches of {size} has the windows {found}; it should have "
-                f"{due} in this order: the positions from step x batch_size on"
+                f"Order.cut: step {step} in micro-batches of {size} has the windows {found}; it "
+                f"should have {due} in this order: the positions from step x batch_size on"
             )
-            assert {len(part) for part in found} == {size}, f"not all have {size} windows: {found}"
-    assert len(list(islice(made.cut(4, 0), 50))) == 50, "`cut` ends; it should go on for ever"
+            sizes = {len(part) for part in found}
+            assert sizes == {size}, f"Order.cut: not all have {size} windows: {found}"
+    assert len(list(islice(made.cut(4, 0), 50))) == 50, "Order.cut ends; it should go on for ever"
+
+
+def one_line():
+    from files import shown
+
+    found = shown("a\nb/é")
+    assert found == "a\\nb/é", f"`shown` writes the path a\\nb/é as {found!r}, not in one line"
 
 
 # --- 2. the sequences of a step -------------------------------------------------------------------
@@ -114,39 +126,58 @@ def starts(micro_batches):
     """The number of each window, from its first token; tokens and targets are what they should."""
     found = []
     for tokens, targets, positions in micro_batches:
-        same(positions, torch.arange(10), "the positions", "0 to seq_len - 1")
-        same(targets, tokens + 1, "the tensor of targets", "the token after each token, here + 1")
+        what = "Batches.split: the tensor of"
+        same(positions, torch.arange(10), f"{what} positions", "0 to seq_len - 1")
+        same(targets, tokens + 1, f"{what} targets", "the token after each token, here + 1")
         found += (tokens[:, 0] // 10).tolist()
     return found
 
 
 def held_out():
+    init, evaluation = "Batches.__init__:", "Batches.evaluation:"
     data = batches(np.arange(6401, dtype=np.uint16), micro_batch_size=5)  # 640 windows
     assert data.order.count == 630, (
-        f"of 640 windows {data.order.count} are for training; it should be 630: 640 // 64 are "
-        "held out"
+        f"{init} of 640 windows {data.order.count} are for training; it should be 630: 640 // 64 "
+        "are held out"
+    )
+    size = batches(micro_batch_size=2, gradient_accumulation_steps=4).order.batch_size
+    assert size == 8, f"{init} Order gets the batch_size {size}; a step of 4 times 2 has 8"
+    count = batches(TOKENS[:401]).order.count  # 40 windows
+    assert count == 39, (
+        f"{init} of 40 windows {count} are for training; one at least is always held out"
+    )
+    due = list(range(630, 640))
+    chosen = sorted(data.held_out)
+    assert chosen == due, (
+        f"{init} the held-out windows are {chosen}; it should be the last ones, 630 to 639"
     )
     found = starts(data.evaluation())
-    assert sorted(found) == list(range(630, 640)), (
-        f"the held-out windows are {sorted(found)}; it should be the last ones, 630 to 639"
+    assert sorted(found) == due, f"{evaluation} it reads {found}; `held_out` has {due}"
+    again = starts(data.evaluation())
+    assert again == found, f"{evaluation} the second time it reads other windows, {again}"
+    assert set(starts(batches().evaluation())) == {98}, (
+        f"{init} of 99 windows the last one is held out; an evaluation reads only that"
     )
-    assert starts(data.evaluation()) == found, "a second evaluation reads other windows"
-    one = batches()
-    assert (one.order.count, set(starts(one.evaluation()))) == (98, {98}), (
-        "of 99 windows one is held out, the last: at least one always is"
-    )
-    long = batches(np.arange(60_001, dtype=np.uint16), micro_batch_size=4)
-    assert len(starts(long.evaluation())) == 92, (
-        "93 windows are held out; in micro-batches of 4 an evaluation reads 92 of them"
-    )
+    for windows, size, due in (
+        (6000, 4, [5907 + row * 93 // 92 for row in range(92)]),
+        (32_768, 4, list(range(32_256, 32_768, 2))),
+    ):
+        long = batches(np.arange(10 * windows + 1, dtype=np.uint32), micro_batch_size=size)
+        assert list(long.held_out) == due, (
+            f"{init} of {windows // 64} held-out windows an evaluation reads "
+            f"{len(long.held_out)}, from {long.held_out[0]} to {long.held_out[-1]}; it should be "
+            f"{len(due)}, whole batches of {size} and at most HELD_OUT_SEQUENCES, spread evenly "
+            f"from {due[0]} to {due[-1]}"
+        )
     train, apart = TOKENS, np.arange(5000, 5101, dtype=np.uint16)
     named = batches(train, apart, micro_batch_size=3)
     assert named.order.count == 99 and set(starts(named.evaluation())) <= set(range(500, 510)), (
-        "where the data set has a text for validation, all 99 windows of the other one are for "
-        "training and only that text is held out"
+        f"{init} where the data set has a text for validation, all 99 windows of the other one "
+        "are for training and only that text is held out"
     )
-    refused(lambda: batches(TOKENS[:50]), "dataset_name", "seq_len", "micro_batch_size")
-    refused(lambda: batches(train, apart[:10]), "10 tokens for validation")
+    words = "dataset_name", "seq_len", "micro_batch_size"
+    refused(lambda: batches(TOKENS[:50]), *words, by=init[:-1])
+    refused(lambda: batches(train, apart[:10]), "10 tokens for validation", by=init[:-1])
 
 
 def splits():
@@ -155,7 +186,8 @@ def splits():
     in_order = [starts(whole.micro_batches(step)) for step in range(41)]
     row = sum(in_order, [])
     assert sorted(row[:98]) == list(range(98)), (
-        "98 windows of 12 steps and a quarter are no epoch: some are there twice, or held out"
+        "Batches.micro_batches: the 98 windows of 12 steps and a quarter are no epoch: some are "
+        "there twice, or held out."
     )
     for flags in ((4, 2, 0), (1, 8, 0), (2, 4, 2)):
         names = ("micro_batch_size", "gradient_accumulation_steps", "num_workers")
@@ -164,17 +196,18 @@ def splits():
         for step in steps:
             found = starts(data.micro_batches(step))
             assert found == in_order[step], (
-                f"with {words} step {step} has the windows {found}; one micro-batch of 8 has "
-                f"{in_order[step]}. A step must have the same ones however it is cut, also when it "
-                "is not the one after the last"
+                f"Batches.micro_batches: with {words} step {step} has the windows {found}; one "
+                f"micro-batch of 8 has {in_order[step]}. A step must have the same ones however "
+                "it is cut, also when it is not the one after the last"
             )
     data = batches(micro_batch_size=2, gradient_accumulation_steps=4)
     starts(data.micro_batches(0))
     for step in (1, 2):
         next(data.micro_batches(1))
         assert starts(data.micro_batches(step)) == in_order[step], (
-            f"step {step} has other windows where only the first micro-batch of step 1 was read "
-            "before it: after a step that was left half read, the loader must start anew"
+            f"Batches.micro_batches: step {step} has other windows where only the first "
+            "micro-batch of step 1 was read before it: after a step that was left half read, the "
+            "loader must start anew"
         )
 
 
@@ -191,8 +224,8 @@ def ahead():
             events.append("compute")
     due = ["a new loader", "load", *4 * ["compute", "load"]]
     assert events == due, (
-        f"two steps of two micro-batches do {events}; it should be {due}: one loader for all, and "
-        "the next micro-batch is loaded as soon as the device has been given the one before"
+        f"Batches.micro_batches: two steps of two do {events}; it should be {due}: one loader for "
+        "all, and the next one is loaded as soon as the device has been given the one before"
     )
 
 
@@ -252,17 +285,18 @@ def mean(sizes):
     sums = [model(*part).detach() for part in parts]
     gradients = [torch.autograd.grad(model(*part), weight)[0] for part in parts]
     found = train.mean_loss(state_of(model), iter(parts), sum(counts), True)
-    assert found.dtype == torch.float64, f"the loss is {found.dtype}; add it up in float64"
+    kind = found.dtype
+    assert kind == torch.float64, f"mean_loss: the loss is {kind}; add it up in float64"
     due = "the sum over all micro-batches, divided by the number of targets of all of them"
     for what, one, each in (("gradient", weight.grad, gradients), ("loss", found, sums)):
         hint = usual_mistake(one, each, counts) if one is not None else ""
-        named = f"the {what} of micro-batches of {', '.join(map(str, counts))} targets"
+        named = f"mean_loss: the {what} of micro-batches of {', '.join(map(str, counts))} targets"
         same(one, sum(each) / sum(counts), named, due + hint)
-    assert not found.requires_grad, "the loss still carries autograd's graph: detach each part"
+    assert not found.requires_grad, "mean_loss: the loss carries autograd's graph: detach each part"
     weight.grad = None
     again = train.mean_loss(state_of(model), iter(parts), sum(counts), False)
-    same(again, found, "the loss with backward=False", "the same as with backward=True")
-    assert weight.grad is None, "with backward=False there must be no gradient"
+    same(again, found, "mean_loss: that with backward=False", "the same as with backward=True")
+    assert weight.grad is None, "mean_loss: with backward=False there must be no gradient"
 
 
 def graphs():
@@ -290,9 +324,9 @@ def graphs():
 
     train.mean_loss(state_of(model), iter(micro_batches_of(1, 1, 1)), 9, False)
     assert alive == [0, 0, 0], (
-        f"when the micro-batches of an evaluation go forward, the graphs of {alive} earlier ones "
-        "are still in memory; it should be none: nothing goes backward, so let go of the loss "
-        "(`del`) before the next one"
+        f"mean_loss: when the micro-batches of an evaluation go forward, the graphs of {alive} "
+        "earlier ones are still in memory; it should be none: nothing goes backward, so let go of "
+        "the loss (`del`) before the next one"
     )
 
 
@@ -302,7 +336,7 @@ def of_a_step():
     parts, asked = micro_batches_of(2, 2), []
     weight, model = toy()
     data = SimpleNamespace(
-        held_out=[0, 1, 2, 3],
+        held_out=range(6),
         micro_batches=lambda step: (asked.append(step), iter(parts))[1],
         evaluation=lambda: iter(parts),
     )
@@ -316,10 +350,11 @@ def of_a_step():
     same(weight.grad, expected, "the gradient of forward_backward", "that of the mean")
     weight.grad = None
     found = train.evaluate(state)
-    assert isinstance(found, float) and math.isclose(found, due.item(), rel_tol=1e-12), (
-        f"the held-out loss is {found!r}; it should be the number {due.item()}: the sum divided by "
-        "the targets of all held-out sequences, len(held_out) x seq_len"
+    due = due.item() * 12 / 18
+    assert isinstance(found, float) and math.isclose(found, due, rel_tol=1e-12), (
+        f"evaluate: the held-out loss is {found!r}; it should be the number {due}: the sum "
+        "divided by the targets of all held-out sequences, len(held_out) x seq_len"
     )
-    assert weight.grad is None, "an evaluation must leave no gradient"
+    assert weight.grad is None, "evaluate must leave no gradient"
     with torch.no_grad(), patch.object(state, "model", lambda *_: torch.tensor(math.nan)):
-        refused(lambda: train.evaluate(state), "step 5")
+        refused(lambda: train.evaluate(state), "step 5", by="evaluate")
