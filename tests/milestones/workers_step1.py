@@ -216,6 +216,26 @@ def tags():
         assert weight.global_name == name, f"global_name of {name} is {weight.global_name}"
         assert weight.full_shape == weight.shape, f"full_shape of {name} is not its shape"
         assert weight.held == whole, f"held of {name} is {weight.held}; all of it is held: {whole}"
+    rotary_tables_stay_exact()
+
+
+def rotary_tables_stay_exact():
+    """A model in bfloat16 gives its layers tables in float32."""
+    import torch
+
+    from model import Llama
+
+    def look(_, inputs, named):
+        seen.extend(str(x.dtype) for x in (*inputs, *named.values()))
+
+    _, _, (tokens, _, positions) = model_and_batch()
+    seen, half = [], Llama(config_of(), torch.bfloat16)
+    half.model.layers[0].register_forward_pre_hook(look, with_kwargs=True)
+    half.model(tokens, positions)
+    assert seen == ["torch.bfloat16", "torch.float32", "torch.float32"], (
+        f"Decoder in bfloat16 gives a layer x, cos and sin in {seen}; rotary_tables must make the "
+        "tables in float32: bfloat16 knows angles of many turns too badly"
+    )
 
 
 # --- 4. weights from a seed and a name ------------------------------------------------------------
