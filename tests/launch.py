@@ -21,6 +21,7 @@ class Result:
     errors: list  # each rank's own standard error, without the launcher's
     seconds: float
     metrics: list  # a dict a step
+    others: str  # what the other ranks printed
 
 
 def flag(argv, name, default):
@@ -64,7 +65,7 @@ def launch(step_dir, argv, ranks=None, through=(), timeout=300, script="train.py
         if ranks > 1:
             start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
             start += ["--log-dir", str(logs), "--redirects", "3"]
-        begun = time.monotonic()
+        begun, others = time.monotonic(), ""
         done = subprocess.run(
             [*start, *command],
             cwd=folder,
@@ -78,10 +79,12 @@ def launch(step_dir, argv, ranks=None, through=(), timeout=300, script="train.py
         out, errors = done.stdout, [done.stderr]
         if ranks > 1:
             out = "".join(path.read_text() for path in logs.glob("*/*/0/stdout.log"))
+            said = sorted(logs.glob("*/*/*/stdout.log"))
+            others = "".join(path.read_text() for path in said if path.parent.name != "0")
             errors = [path.read_text() for path in sorted(logs.glob("*/*/*/stderr.log"))]
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         metrics = [json.loads(line) for line in lines]
-        return Result(done.returncode, out, errors, seconds, metrics)
+        return Result(done.returncode, out, errors, seconds, metrics, others)
 
 
 def machine():

@@ -125,7 +125,7 @@ def layers_with_a_weight():
     y = linear(x.detach().to(torch.bfloat16))
     y.sum().backward()
     assert (y.dtype, linear.weight.grad.dtype) == (torch.bfloat16, torch.float32), (
-        f"x in bfloat16 and a weight in float32 give an output in {y.dtype} and a gradient in "
+        f"Linear: x in bfloat16 and a weight in float32 give an output in {y.dtype}, a gradient in "
         f"{linear.weight.grad.dtype}; cast the weight where it is used: weight.to(x.dtype)"
     )
     table = Embedding(7, 6)
@@ -216,6 +216,26 @@ def tags():
         assert weight.global_name == name, f"global_name of {name} is {weight.global_name}"
         assert weight.full_shape == weight.shape, f"full_shape of {name} is not its shape"
         assert weight.held == whole, f"held of {name} is {weight.held}; all of it is held: {whole}"
+    rotary_tables_stay_exact()
+
+
+def rotary_tables_stay_exact():
+    """A model in bfloat16 gives its layers tables in float32."""
+    import torch
+
+    from model import Llama
+
+    def look(_, inputs, named):
+        seen.extend(str(x.dtype) for x in (*inputs, *named.values()))
+
+    _, _, (tokens, _, positions) = model_and_batch()
+    seen, half = [], Llama(config_of(), torch.bfloat16)
+    half.model.layers[0].register_forward_pre_hook(look, with_kwargs=True)
+    half.model(tokens, positions)
+    assert seen == ["torch.bfloat16", "torch.float32", "torch.float32"], (
+        f"Decoder in bfloat16 gives a layer x, cos and sin in {seen}; rotary_tables must make the "
+        "tables in float32: bfloat16 knows angles of many turns too badly"
+    )
 
 
 # --- 4. weights from a seed and a name ------------------------------------------------------------
@@ -229,13 +249,17 @@ def weights_of_a_name():
     one = initial_value("a", (300, 200), 42, 0.02)
     state = torch.get_rng_state()
     initial_value("b", (30, 20), 42, 0.02)
-    assert torch.equal(state, torch.get_rng_state()), "it must draw from a generator of its own"
+    assert torch.equal(state, torch.get_rng_state()), (
+        "initial_value must draw from a generator of its own"
+    )
     assert torch.equal(one, initial_value("a", (300, 200), 42, 0.02)), "the same seed and name"
     for name, seed in (("b", 42), ("a", 43)):
         other = initial_value(name, (300, 200), seed, 0.02)
-        assert not torch.equal(one, other), "another name or seed must give other numbers"
+        assert not torch.equal(one, other), (
+            "initial_value: another name or seed must give other numbers"
+        )
     assert one.dtype == torch.float32, f"initial_value is {one.dtype}; the slices are cast later"
-    assert abs(one.std() / 0.02 - 1) < 0.02, f"standard deviation {one.std()}; it should be 0.02"
+    assert abs(one.std() / 0.02 - 1) < 0.02, f"initial_value has std {one.std()}; it should be 0.02"
     same(initial_value("a", (5,), 42, 0.02), torch.ones(5), "a norm's weight", "all ones")
     number = int.from_bytes(hashlib.sha256(b"42 a").digest()[:8], "little")
     due = torch.randn(300, 200, generator=torch.Generator().manual_seed(number)) * 0.02
@@ -257,7 +281,7 @@ def real_weights(tied):
         names = dict(model.named_parameters())
         materialize(model, 7, torch.device("cpu"))
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied, (
-            "a tied weight is one parameter in two modules, and must be made once"
+            "materialize: a tied weight is one parameter in two modules, and must be made once"
         )
         wanted = torch.promote_types(dtype, torch.float32)
         for name, weight in model.named_parameters():
@@ -281,7 +305,9 @@ def optimizer():
     parameters = list(model.parameters())
     groups = build_optimizer(parameters, 1e-3, 0.3).param_groups
     found = {(g["weight_decay"], p.dim()) for g in groups for p in g["params"]}
-    assert found == {(0.3, 2), (0.0, 1)}, f"(decay, dims) {found}: matrices decay, vectors do not"
+    assert found == {(0.3, 2), (0.0, 1)}, (
+        f"build_optimizer has (decay, dims) {found}: matrices decay, vectors do not"
+    )
     args = SimpleNamespace(learning_rate=1e-3, warmup_steps=10, total_steps=100)
     rates = torch.tensor([learning_rate_at(step, args) for step in (1, 10, 55, 100)])
     same(rates, torch.tensor([1e-4, 1e-3, 5.5e-4, 1e-4]), "learning_rate_at 1, 10, 55, 100",
@@ -306,5 +332,5 @@ def optimizer():
         clip_gradients(parameters, float(limit), norm)
         due = numpy_llama.clip(gradients, float(limit))
         for p in parameters:
-            what = f"a gradient clipped to {limit / norm:.2g} times the norm"
+            what = f"clip_gradients to {limit / norm:.2g} times the norm: a gradient"
             same(p.grad, array(due[p.global_name]), what, "scaled by min(1, max_norm / norm)")

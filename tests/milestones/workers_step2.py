@@ -48,7 +48,9 @@ def join_and_leave():
     x = torch.tensor([2.0**rank])
     dist.all_reduce(x)
     same(x, torch.tensor([2.0**size - 1]), "a sum over all ranks", "of 1, 2, 4, …")
-    pg.finish()
+    with patch.object(dist, "barrier", wraps=dist.barrier) as barrier:
+        pg.finish()
+    assert barrier.called, "finish must wait in a barrier, so that no rank leaves before the others"
     assert not dist.is_initialized(), "finish must call destroy_process_group"
 
 
@@ -101,42 +103,49 @@ def groups_of(sizes, axes):
 # --- 3. the collectives ---------------------------------------------------------------------------
 
 
-def collectives():
+def end(work, what):
+    """Wait for what a collective gave as its handle."""
+    assert hasattr(work, "wait"), f"{what} gives {type(work).__name__}, no handle to wait() for"
+    work.wait()
+
+
+def collectives(sizes):
     import torch
 
     import process_group as pg
     from ledger import recorded
 
-    rank, size = world()
-    mesh = pg.Mesh(tp=size)
-    group, alone = mesh.group("tp"), mesh.group("dp")
-    every = [mine(size, 2, rank=r) for r in range(size)]
+    world()
+    mesh = pg.Mesh(**sizes)
+    group, alone = mesh.group("dp"), mesh.group("cp")
+    rank, size, last = group.rank, group.size, group.ranks[-1]
+    every = [mine(size, 2, rank=r) for r in group.ranks]
     total = sum(every)
     with recorded() as counted:
         x = mine(size, 2)
         assert pg.all_reduce(x, group) is x, "all_reduce works in place, and returns its input"
         same(x, total, "all_reduce", "the sum over the ranks")
         x = mine(size, 2)
-        pg.all_reduce(x, group, async_op=True).wait()
+        end(pg.all_reduce(x, group, async_op=True), "all_reduce with async_op")
         same(x, total, "all_reduce with async_op, after wait()", "the sum over the ranks")
-        same(pg.all_reduce(mine(2), group, pg.ReduceOp.MAX), mine(2, rank=size - 1),
+        same(pg.all_reduce(mine(2), group, pg.ReduceOp.MAX), mine(2, rank=last),
              "all_reduce with MAX", "the largest over the ranks")  # fmt: skip
         due = torch.cat(every)
         same(pg.all_gather(mine(size, 2), group), due, "all_gather", "all parts, in order of rank")
         out, work = pg.all_gather(mine(size, 2), group, async_op=True)
-        work.wait()
+        end(work, "all_gather with async_op")
         same(out, due, "all_gather with async_op", "all parts, in order of rank")
         due, meaning = total[rank : rank + 1], "row r of the sum (no mean), on rank r"
         same(pg.reduce_scatter(mine(size, 2), group), due, "reduce_scatter", meaning)
         out, work = pg.reduce_scatter(mine(size, 2), group, async_op=True)
-        work.wait()
+        end(work, "reduce_scatter with async_op")
         same(out, due, "reduce_scatter with async_op", meaning)
         found = pg.broadcast(mine(size, 2), group, source=1)
         same(found, every[1], "broadcast from source 1", "that of the group's rank 1")
         out = torch.empty(3, dtype=torch.float64)
         for work in pg.exchange(group, [(mine(3), group.next)], [(out, group.previous)]):
             work.wait()
-        due = mine(3, rank=(rank - 1) % size)
+        due = mine(3, rank=group.ranks[rank - 1])
         same(out, due, "exchange with the neighbours in a ring", "that of the previous rank")
     on_one_rank(alone)
     slices(group, mine(4, 2)[:, :1])
@@ -153,7 +162,8 @@ def on_one_rank(alone):
         for name in ("all_reduce", "all_gather", "reduce_scatter", "broadcast"):
             found = getattr(pg, name)(mine(2, 2), alone)
             same(found, mine(2, 2), f"{name} on a group of one", "its input")
-        pg.all_reduce(mine(2), alone, async_op=True).wait()
+        work = pg.all_reduce(mine(2), alone, async_op=True)
+        end(work, "all_reduce with async_op on a group of one")
         out = torch.zeros(2, dtype=torch.float64)
         assert pg.exchange(alone, [(mine(2), alone.next)], [(out, alone.previous)]) == []
         same(out, mine(2), "exchange on a group of one", "what this rank itself has sent")
@@ -191,7 +201,7 @@ def first_works():
     found = pg.from_first(group, make)
     assert found == {"made by": 0}, f"from_first returns {found} on rank {rank}"
     assert calls == ([0] if rank == 0 else []), (
-        f"rank {rank} called make {len(calls)} times; only rank 0 calls it, once"
+        f"from_first calls make {len(calls)} times on rank {rank}; only rank 0 calls it, once"
     )
 
     def fail():
@@ -202,7 +212,7 @@ def first_works():
     except UserError as error:
         assert str(error) == "no such file"
     else:
-        raise AssertionError(f"rank {rank} hears nothing of an error on the first rank")
+        raise AssertionError(f"from_first: rank {rank} hears nothing of the first one's error")
     found = pg.max_over_ranks([rank, 7 - rank], group, torch.device("cpu"))
     due = torch.tensor([size - 1, 7], dtype=torch.float64)
     same(found, due, "max_over_ranks", "the largest of each number")
@@ -259,8 +269,8 @@ def told(function, *args, **environment):
     with patch.dict(os.environ):
         for name in LAUNCH:
             os.environ.pop(name, None)
-        os.environ.update(environment)
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+        os.environ.update(environment)
         try:
             return function(*args) and None
         except UserError as error:
@@ -275,19 +285,37 @@ def started():
     whole = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "29400"}
     with patch.dict(os.environ, whole):
         assert ours.world_size() == 4, f"world_size() is {ours.world_size()}; WORLD_SIZE is 4"
-    assert told(ours.world_size) is None, "without RANK it is a world of one"
+    said = told(ours.world_size)
+    assert said is None, f"without RANK it is a world of one, but world_size says: {said}"
+    said = told(ours.world_size, **whole)
+    assert said is None, f"rank 0 of 4 is as it should be, but world_size says: {said}"
     half = {name: value for name, value in whole.items() if name != "MASTER_PORT"}
     said = told(ours.world_size, **half)
     assert said and "MASTER_PORT" in said, f"MASTER_PORT is missing, but world_size says: {said}"
     said = told(ours.world_size, **{**whole, "RANK": "4"})
     assert said and "RANK 4" in said, f"there is no rank 4 of 4, but world_size says: {said}"
     said = told(ours.check_world, "cpu", 2, **whole)
-    assert said and "= 2 ranks, but 4 started" in said, f"4 started for tp_size 2: {said}"
-    assert told(ours.check_world, "cpu", 2, 1, 2, **whole) is None, "2 x 2 are 4 ranks"
+    assert said and "= 2 ranks, but 4 started" in said, (
+        f"4 ranks started for tp_size 2, but check_world says: {said}"
+    )
+    said = told(ours.check_world, "cpu", 2, 1, 2, **whole)
+    assert said is None, f"4 ranks started for tp 2 x dp 2, but check_world says: {said}"
     with socket.create_server(("", 0)) as taken:
         port = str(taken.getsockname()[1])
-        said = told(ours.check_port, **{**whole, "MASTER_PORT": port})
+        taken_port = {**whole, "MASTER_PORT": port}
+        said = told(ours.check_port, **taken_port)
+        under = told(ours.check_port, **taken_port, TORCHELASTIC_USE_AGENT_STORE="True")
     assert said and port in said, f"port {port} is in use, but check_port says: {said}"
+    assert under is None, f"under torchrun the launcher has the port, but check_port says: {under}"
+
+
+def raised(function, *args):
+    """The type of what a call raises."""
+    try:
+        function(*args)
+    except BaseException as error:
+        return type(error)
+    return type(None)
 
 
 def lost_neighbours():
@@ -310,17 +338,15 @@ def lost_neighbours():
         stack.enter_context(patch.object(ours.os, "_exit", end))
         for rank, due in ((0, UserError), (1, Ended)):
             with patch.object(ours, "RANK", rank):
-                try:
-                    ours.together(main)("read: Connection reset by peer")
-                except due:
-                    pass
-                except RuntimeError:
-                    raise AssertionError(f"rank {rank} prints where it stood, not that another "
-                                         "rank has ended") from None  # fmt: skip
-        try:
-            ours.together(main)("shapes do not fit")
-        except RuntimeError:
-            pass
+                how = raised(ours.together(main), "read: Connection reset by peer")
+                assert how is due, (
+                    f"a neighbour is lost, and together raises {how.__name__} on rank {rank}: the "
+                    "first rank should raise UserError, another one end by os._exit"
+                )
+        how = raised(ours.together(main), "shapes do not fit")
+        assert how is RuntimeError, (
+            f"an error of this rank itself should go through, but together raises {how.__name__}"
+        )
         assert ours.together(lambda args: args + 1)(1) == 2, "together returns what main returns"
 
 
