@@ -111,7 +111,10 @@ class ColumnParallel(torch.autograd.Function):
 
 
 def part(weight, dim, group):
-    """This rank's part of a meta weight along dim; parts of a vocabulary may differ by a row."""
+    """This rank's part of a meta weight along dim; parts of a vocabulary may differ by a row.
+
+    Returns a Parameter with the tags of the weight; its `held` says which slices it is.
+    """
     start, stop = (weight.shape[dim] * rank // group.size for rank in (group.rank, group.rank + 1))
     held = tuple(slice(start, stop) if i == dim else s for i, s in enumerate(weight.held))
     own = nn.Parameter(weight.detach()[held])
@@ -240,8 +243,10 @@ PLAN = {
 def apply_tensor_parallel(model, group, sequence_parallel=False):
     """Cut the layers of a model on the meta device: this rank holds and computes its part.
 
-    A group of one leaves the layers as they are. Every parameter gets `counted`: whether this
-    rank's copy is the one that enters the gradient norm.
+    The modules that PLAN names are replaced, norms only under sequence parallelism. Attention and
+    MLP get `project`, and the model `cross_entropy`, of this file; tied weights are tied again. A
+    group of one leaves the layers as they are. Every parameter gets `counted`: whether this rank's
+    copy is the one that enters the gradient norm.
     """
     if group.size > 1:
         for parent in list(model.modules()):

@@ -132,6 +132,9 @@ def whole_name(file, line, name):
 
 def look(student):
     """Check what is written, then show what is next; True when the step is done."""
+    if broken := student.broken():
+        say(broken, "bold red")
+        return False
     written = student.written()
     first = next((m for m in range(1, written + 1) if not student.is_reached(m)), None)
     for milestone in range(first or 1, written + 1) if first else ():
@@ -158,7 +161,8 @@ def show_item(student, item, lack):
     show(first_paragraph(item.explanation))
     show(hints.task(item, student.ours))
     say(lack)
-    say(f"Write it and save. Or: {', '.join(WORDS)}, quit.", "dim")
+    words = [w for w in WORDS if w != "picture" or student.number in pictures.PICTURES]
+    say(f"Write it and save. Or: {', '.join(words)}, quit.", "dim")
 
 
 def first_paragraph(text):

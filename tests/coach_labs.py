@@ -1,5 +1,6 @@
 """The coach's side of `coach.py lab`: open a lab, judge what the learner names or mends."""
 
+import ast
 import json
 import os
 import re
@@ -20,9 +21,13 @@ class Desk:
     def __init__(self, say, run_checks):
         self.say, self.run_checks = say, run_checks
         self.record = student.HOME / ".coach" / "labs.json"
+        self.read()
+
+    def read(self):
         self.states = json.loads(self.record.read_text()) if self.record.exists() else {}
 
     def keep(self, lab, **news):
+        self.read()  # another call may have written meanwhile: a check takes minutes
         self.states.setdefault(lab.name, {}).update(news)
         self.record.parent.mkdir(parents=True, exist_ok=True)
         part = self.record.with_suffix(".part")
@@ -64,7 +69,7 @@ class Desk:
         place = os.path.relpath(self.folder(lab))
         self.say(f"Lab {lab.number} ({LEVELS[lab.level]}) lies in {place}. What one sees:\n")
         self.say(lab.symptoms.strip())
-        self.say(f"\nA run that has it: {lab.command}")
+        self.say(f"\nA run with it in: {lab.command}")
         self.say(
             f"Name the place, `coach.py lab {lab.number} FILE.py:LINE`, "
             f"or mend it and type `coach.py lab {lab.number} check`."
@@ -76,15 +81,27 @@ class Desk:
             self.say("That is the place.")
             self.tell(lab)
         else:
-            near = "That file is right." if file == lab.file else "It is in another file."
-            self.say(f"Not there. {near}")
+            path = self.folder(lab) / file
+            if not path.exists() or not 1 <= line <= len(path.read_text().splitlines()):
+                raise lessons.LessonError(f"lab: {file} with a line {line} is not in this lab")
+            near = "another line of this file" if file == lab.file else "in another file"
+            self.say(f"Not there. It is {near}.")
 
     def judge(self, lab):
         """The check that the mistake fails passes now, and no milestone of the step fails."""
         own = self.folder(lab)
+        for path in sorted(own.glob("*.py")):
+            try:
+                ast.parse(path.read_text())
+            except SyntaxError as error:
+                return self.say(f"{path.name}, line {error.lineno}: {error.msg}. Mend that first.")
+        if (own / lab.file).read_text() == lab.planted():
+            return self.say("Not mended: the file with the mistake is as it was.")
         wrong, seconds = self.run_checks(lab.pytest_flags(own), own)
-        if wrong:
-            return self.say(f"Not mended yet ({seconds:.0f} s).")  # why, the learner finds out
+        if wrong:  # its words would name the place
+            return self.say(
+                f"Not mended yet: the check that it fails still fails ({seconds:.0f} s)."
+            )
         last = max(milestones.titles(own))
         flags = [f"--step-dir={own}", f"--milestone={last}"]
         wrong, more = self.run_checks(flags, own, ALL_MILESTONES)

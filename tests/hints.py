@@ -18,7 +18,7 @@ def task(item, ours):
 def task_of(piece, ours):
     path = ours / piece.file
     if piece.kind == "diff":
-        yield f"In `{piece.file}` change `{piece.name}`."
+        yield f"In `{piece.file}` change `{piece.name}`." + new_head(piece, ours)
         return
     nodes = [n for n in stubs.functions_of(path.read_text()) if n.lineno in piece.lines]
     if not nodes:
@@ -30,6 +30,16 @@ def task_of(piece, ours):
             yield "Shapes: " + ", ".join(f"`{shape}`" for shape in shapes) + ".\n"
         if users := users_of(node.name, ours, path, node):
             yield "Used by " + ", ".join(f"`{user}`" for user in users[:4]) + ".\n"
+
+
+def new_head(piece, ours):
+    """The head of a function that a step changes, where its arguments or docstring differ."""
+    heads = []
+    for step in (lessons.before(ours), ours):
+        path = step / piece.file
+        nodes = stubs.functions_of(path.read_text()) if path.exists() else []
+        heads.append([head_of(path, n) for n in nodes if full_name(path, n) == piece.name])
+    return f"\n\n```python\n{heads[1][0]}\n```\n" if heads[1] and heads[0] != heads[1] else ""
 
 
 def full_name(path, node):

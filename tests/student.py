@@ -85,6 +85,15 @@ class Student:
         laid = milestones.text_of(self.aside / "laid" / piece.file, piece.name)
         return laid is not None and laid == milestones.text_of(self.own / piece.file, piece.name)
 
+    def broken(self):
+        """A sentence about a file that Python can't read; None for none."""
+        for path in sorted(self.own.glob("*.py")):
+            try:
+                ast.parse(path.read_text())
+            except SyntaxError as error:
+                return f"{path.name}, line {error.lineno}: {error.msg}. Python can't read the file."
+        return None
+
     def next_item(self):
         """The first item that is not written, with a sentence about it: (item, sentence)."""
         lessons.source.cache_clear()

@@ -126,9 +126,12 @@ def column_parallel(sequence_parallel):
         part, due = mine(part, group), mine(due, group)
     part.requires_grad_()
     outputs = project(part, *layers)
+    meant = "this rank's features, of all tokens"
+    if sequence_parallel:
+        meant += ", as ColumnParallel.forward gathers them in an `if` block of its own"
     for y, layer, whole in zip(outputs, layers, wholes, strict=True):
         rows = layer.weight.held[0]
-        same(y, whole(x)[..., rows], "an output of project", "this rank's features, of all tokens")
+        same(y, whole(x)[..., rows], "an output of project", meant)
         same(layer(part), y, "ColumnParallelLinear(x)", "project's only output")
     with recorded() as traffic:
         sum(y.square().sum() for y in outputs).backward()
