@@ -149,7 +149,7 @@ def text_of(path):
 
 def start_of(process):
     """When a process began, as text; None if there is no such process, or only its remains."""
-    if text_of("/proc/self/stat"):  # Linux: the first field is the state, the 20th ticks since boot
+    if text_of("/proc/self/stat"):  # Linux: fields[0] is the state, fields[19] the start
         fields = text_of(f"/proc/{process}/stat").rpartition(")")[2].split()
         return fields[19] if fields and fields[0] not in "ZX" else None
     command = ["ps", "-o", "lstart=", "-p", str(process)]

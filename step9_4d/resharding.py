@@ -27,9 +27,9 @@ def rectangles(parameter):
     """Where the elements that this rank holds lie in the full tensor.
 
     Yields (offsets, sizes, part): a rectangle of the full tensor, and the slice of this rank's
-    elements, flattened, that fills it. A sharding engine's piece is a run of elements of what the
-    layout's slices hold: the end of a row, whole rows, the beginning of a row, any of them missing.
-    In rows of 4 the run 3:10 is 3:4, 4:8 and 8:10. A vector is one row.
+    elements, flattened, that fills it. A sharding engine's piece is a stretch of what the layout's
+    slices hold: the end of a row, whole rows, the beginning of a row, any of them missing.
+    In rows of 4 the stretch 3:10 is 3:4, 4:8 and 8:10. A vector is one row.
     """
     first = [held.start for held in parameter.held]
     width = parameter.held[-1].stop - first[-1]

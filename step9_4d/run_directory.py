@@ -1,7 +1,7 @@
 """A directory of checkpoints: their names, what each says of itself, and which may be deleted.
 
-    DIR/step_00000020/   a checkpoint: tensors, the tokenizer, and checkpoint.json, which says of
-                         what, and has checksums of all other files and of itself
+    DIR/step_00000020/   a checkpoint: tensors, the tokenizer, and checkpoint.json, which names its
+                         run and step, and has checksums of all other files and of itself
     DIR/.run_id          a random number that each checkpoint written here contains
 
 A checkpoint is complete or absent: written under a hidden name, then renamed. Deleted is only what
