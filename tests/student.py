@@ -86,7 +86,10 @@ class Student:
         return laid is not None and laid == milestones.text_of(self.own / piece.file, piece.name)
 
     def broken(self):
-        """A sentence about a file that Python can't read; None for none."""
+        """A sentence about a file that is gone, or that Python can't read; None for none."""
+        for path in sorted((self.aside / "laid").glob("*.py")):
+            if not (self.own / path.name).exists():
+                return f"{path.name} is gone. As it was laid at first: {os.path.relpath(path)}"
         for path in sorted(self.own.glob("*.py")):
             try:
                 ast.parse(path.read_text())

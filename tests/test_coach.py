@@ -134,18 +134,20 @@ def test_words_are_about_what_is_wrong(opened):
     assert one.wrong_item() is None
 
 
-def test_what_a_reader_breaks_is_said_and_kept(opened, monkeypatch):
+def test_what_a_reader_breaks_is_said_and_kept(opened, monkeypatch, capsys):
     """A syntax error, a file that is gone, an endless loop: a sentence each."""
     one = opened(4)
     path = one.own / "tensor_parallel.py"
     laid = path.read_text()
     path.write_text("def (:\n" + laid)
-    assert "`tensor_parallel.py`, line 1: " in one.next_item()[1]
+    assert one.broken().startswith("tensor_parallel.py, line 1: ")
+    assert not coach.look(one) and "item" not in capsys.readouterr().out
     with pytest.raises(lessons.LessonError, match="tensor_parallel.py, line 1: .* Mend that first"):
         one.take(one.next_item()[0])
     assert path.read_text() == "def (:\n" + laid
     path.unlink()
     assert "`tensor_parallel.py` with `part`; it is not there yet" in one.next_item()[1]
+    assert one.broken().startswith("tensor_parallel.py is gone. As it was laid at first: ")
     one.take(one.next_item()[0])  # ours, although the file is gone
     assert "def part(" in path.read_text()
 
@@ -203,6 +205,16 @@ def test_ctrl_c_in_a_check_ends_its_processes(opened, tmp_path, monkeypatch):
         time.sleep(0.1)
     assert not processes_with(mark)
     assert path.read_text() == endless
+
+
+def test_what_stands_is_named():
+    """A loop or a wait in a rank, as pytest prints it: the coach says where each rank is."""
+    said = "E   harness.RankError: ranks [0, 1] took over 20 s\n"
+    said += "E   rank 0 is in backward (tensor_parallel.py, line 48): pass\n"
+    said += "E   rank 1 is in backward (tensor_parallel.py, line 47): while True:\n"
+    words = coach.in_words(said, Path("."))
+    assert "rank 1 is in backward (tensor_parallel.py, line 47)" in words
+    assert "endless loop" in words
 
 
 def test_a_rank_that_dies_is_named(opened):
