@@ -114,7 +114,7 @@ def in_words(said, own):
     where = re.findall(r"^E +File \"(.+?)\", line (\d+), in (\w+)\nE +(.+)$", said, re.MULTILINE)
     own = [f"{os.path.basename(f)}, line {n}, in {whole_name(f, int(n), name)}: {line}"
            for f, n, name, line in where if Path(f).parent == own]  # fmt: skip
-    standing = re.findall(r"^E +(rank \d+ (?:is in|stands) .+)$", said, re.MULTILINE)
+    standing = re.findall(r"^E +(rank \d+ (?:is|waits) in .+)$", said, re.MULTILINE)
     if standing:
         standing.append("That is an endless loop, or a message for which no other rank has a call.")
     news = re.findall(r"^(Milestone .*)$", said, re.MULTILINE)

@@ -211,9 +211,10 @@ def test_what_stands_is_named():
     """A loop or a wait in a rank, as pytest prints it: the coach says where each rank is."""
     said = "E   harness.RankError: ranks [0, 1] took over 20 s\n"
     said += "E   rank 0 is in backward (tensor_parallel.py, line 48): pass\n"
-    said += "E   rank 1 is in backward (tensor_parallel.py, line 47): while True:\n"
+    said += "E   rank 1 waits in all_reduce, called by forward (x.py, line 7): y\n"
     words = coach.in_words(said, Path("."))
-    assert "rank 1 is in backward (tensor_parallel.py, line 47)" in words
+    assert "rank 0 is in backward (tensor_parallel.py, line 48): pass" in words
+    assert "rank 1 waits in all_reduce, called by forward (x.py, line 7)" in words
     assert "endless loop" in words
 
 
