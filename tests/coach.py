@@ -111,6 +111,9 @@ def in_words(said, own):
     errors = errors or re.findall(r"^_+ test_.* _+\n(.+)$", said, re.MULTILINE)  # without a trace
     errors = errors or said.strip().splitlines()[-8:]
     found = re.sub(r"^[\w.]*Error: (rank \d+ of \d+ failed: )?(AssertionError: )?", "", errors[0])
+    # Others fail because one died, and may be heard first.
+    dead = re.findall(r"^E +(?:\S+: )?(rank \d+ (?:of \d+ )?died.*)$", said, re.MULTILINE)
+    found = dead[0] if dead else found
     where = re.findall(r"^E +File \"(.+?)\", line (\d+), in (\w+)\nE +(.+)$", said, re.MULTILINE)
     own = [f"{os.path.basename(f)}, line {n}, in {whole_name(f, int(n), name)}: {line}"
            for f, n, name, line in where if Path(f).parent == own]  # fmt: skip

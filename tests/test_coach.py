@@ -231,6 +231,11 @@ def test_a_rank_that_dies_is_named(opened):
     wrong, _ = coach.check(one, 1, 1)
     assert "rank 1" in wrong
 
+    # Whichever of them is heard first.
+    said = "E   harness.RankError: rank 0 of 2 failed: RuntimeError: Connection reset by peer\n"
+    said += "E   rank 1 died, exit code 3\n"
+    assert coach.in_words(said, one.own).startswith("rank 1 died, exit code 3")
+
 
 def test_the_coach_writes_only_in_its_folder(opened, home):
     one = opened(4)
