@@ -315,6 +315,9 @@ def test_a_mistake_of_pipelines_is_noticed(step_dir, train_on, mistake, flags, s
         spoiled.assert_same_as(train_on(step_dir, 1, whole, 2))
 
 
+SLOW = pytest.mark.slow  # compiling takes its time
+
+
 @pytest.mark.steps(9, 9)
 @pytest.mark.parametrize(
     "without, flags",
@@ -323,8 +326,14 @@ def test_a_mistake_of_pipelines_is_noticed(step_dir, train_on, mistake, flags, s
         ("sends_waited_for", "--pp_size 2 --pp_engine afab --micro_batch_size 4"),
         ("messages_waited_for", "--tp_size 2 --sequence_parallel --micro_batch_size 4"),
         ("messages_waited_for", "--cp_size 2 --dp_engine zero1 --micro_batch_size 4"),
-        ("only_layers_compiled", "--cp_size 2 --compile aot_eager --micro_batch_size 4"),
-        ("all_layers_in_one_graph", "--compile aot_eager --micro_batch_size 4"),
+        pytest.param(
+            "only_layers_compiled",
+            "--cp_size 2 --compile aot_eager --micro_batch_size 4",
+            marks=SLOW,
+        ),
+        pytest.param(
+            "all_layers_in_one_graph", "--compile aot_eager --micro_batch_size 4", marks=SLOW
+        ),
         ("adamw_not_fused", "--micro_batch_size 4"),
         ("norm_of_copies", "--micro_batch_size 4"),
         ("batches_loaded_when_needed", "--micro_batch_size 4"),

@@ -106,7 +106,7 @@ CASES = {
     "SIGTERM to the launcher": (signal.SIGTERM, "the launcher", ()),
     "SIGTERM to a rank": (signal.SIGTERM, "a rank", ()),
 }
-DEFAULT = ["Ctrl-C, torchrun as it is"]
+DEFAULT = ["SIGUSR1 to a rank"]
 
 
 @pytest.fixture(scope="module")
