@@ -1,6 +1,5 @@
 """The coach's side of `coach.py lab`: open a lab, judge what the learner names or mends."""
 
-import ast
 import json
 import os
 import re
@@ -91,10 +90,8 @@ class Desk:
         """The check that the mistake fails passes now, and no milestone of the step fails."""
         own = self.folder(lab)
         for path in sorted(own.glob("*.py")):
-            try:
-                ast.parse(path.read_text())
-            except SyntaxError as error:
-                return self.say(f"{path.name}, line {error.lineno}: {error.msg}. Mend that first.")
+            if why := milestones.syntax_error(path):
+                return self.say(f"{why}. Mend that first.")
         if (own / lab.file).read_text() == lab.planted():
             return self.say("Not mended: the file with the mistake is as it was.")
         wrong, seconds = self.run_checks(lab.pytest_flags(own), own)

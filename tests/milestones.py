@@ -1,5 +1,6 @@
 """How far a reader's own version of a step has come, by the walk of its lesson."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -51,6 +52,15 @@ def lack_of(own, ours, piece):
     old = lessons.before(ours)
     if piece.kind == "diff" and text_of(path, name) == text_of(old / piece.file, name):
         return f"{step} changes `{name}` in `{piece.file}`; it is still that of {old.name}."
+    return None
+
+
+def syntax_error(path):
+    """`FILE, line N: what` of a file that Python can't read; None otherwise."""
+    try:
+        ast.parse(path.read_text())
+    except SyntaxError as error:
+        return f"{path.name}, line {error.lineno}: {error.msg}"
     return None
 
 

@@ -4,7 +4,6 @@ All of it lies in `my_steps/`: the steps themselves, and `.coach/` beside them w
 the beginning of each step, what was taken from us since, and how far the reader has come.
 """
 
-import ast
 import contextlib
 import json
 import os
@@ -91,10 +90,8 @@ class Student:
             if not (self.own / path.name).exists():
                 return f"{path.name} is gone. As it was laid at first: {os.path.relpath(path)}"
         for path in sorted(self.own.glob("*.py")):
-            try:
-                ast.parse(path.read_text())
-            except SyntaxError as error:
-                return f"{path.name}, line {error.lineno}: {error.msg}. Python can't read the file."
+            if why := milestones.syntax_error(path):
+                return f"{why}. Python can't read the file."
         return None
 
     def next_item(self):
@@ -214,11 +211,8 @@ class Student:
         What is there before is kept as a copy.
         """
         for path in {self.own / piece.file for piece in item.pieces}:
-            try:
-                ast.parse(path.read_text() if path.exists() else "")
-            except SyntaxError as error:
-                why = f"{path.name}, line {error.lineno}: {error.msg}"
-                raise lessons.LessonError(f"{why}. Mend that first, or delete the file.") from None
+            if path.exists() and (why := milestones.syntax_error(path)):
+                raise lessons.LessonError(f"{why}. Mend that first, or delete the file.")
         for file in dict.fromkeys(piece.file for piece in item.pieces):
             self.back_up(file)
             path = self.own / file

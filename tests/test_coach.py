@@ -96,6 +96,8 @@ def test_hints_say_more_each_time(opened, capsys):
     )
     assert "write `AllReduce.forward`" in task and "pg.all_reduce" not in task
     assert idea == item.explanation
+    changed = next(i for i in lessons.walk(one.ours) if i.title == "The gradient norm")
+    assert "def gradient_norm(parameters, names, group):" in hints.task(changed, one.ours)
     assert "with all_reduce" in outline and "pg.all_reduce(x, group)" not in outline
     assert "return pg.all_reduce(x, group)" in lines
     assert [one.next_hint(item) for _ in range(4)] == [1, 2, 3, 3]

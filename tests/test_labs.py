@@ -5,7 +5,10 @@ import io
 import tokenize
 
 import coach
+import lessons
 import pytest
+import student
+from coach_labs import Desk
 from labs import labs
 from launch import launch
 
@@ -67,3 +70,22 @@ def test_its_losses_look_as_the_lab_says(lab, tmp_path):
         assert theirs.code != 0
     else:
         assert len(pairs) == 10 and near == (lab.loss == "same"), pairs[-1]
+
+
+def test_the_desk_says_why_and_keeps_what_another_call_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(student, "HOME", tmp_path / "my_steps")
+    said, (one, other) = [], LABS[:2]
+    checking, naming = (Desk(said.append, None) for _ in range(2))  # no check is run here
+    checking.open(one)
+    naming.keep(other, found=1)
+    checking.keep(one, mended=1)
+    assert Desk(said.append, None).state(other) == "found"
+    checking.judge(one)
+    assert said[-1] == "Not mended: the file with the mistake is as it was."
+    path = checking.folder(one) / one.file
+    path.write_text("def (:\n" + path.read_text())
+    checking.judge(one)
+    assert said[-1].startswith(f"{one.file}, line 1: ")
+    for place in (("nope.py", 1), (one.file, 99999)):
+        with pytest.raises(lessons.LessonError, match="is not in this lab"):
+            checking.judge_place(one, *place)

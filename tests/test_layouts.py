@@ -315,30 +315,21 @@ def test_a_mistake_of_pipelines_is_noticed(step_dir, train_on, mistake, flags, s
         spoiled.assert_same_as(train_on(step_dir, 1, whole, 2))
 
 
-SLOW = pytest.mark.slow  # compiling takes its time
+FAST = [
+    ("layers_fetched_when_needed", "--dp_size 2 --dp_engine zero3 --micro_batch_size 2"),
+    ("sends_waited_for", "--pp_size 2 --pp_engine afab --micro_batch_size 4"),
+    ("messages_waited_for", "--tp_size 2 --sequence_parallel --micro_batch_size 4"),
+    ("messages_waited_for", "--cp_size 2 --dp_engine zero1 --micro_batch_size 4"),
+    *((n, "--micro_batch_size 4") for n in ("adamw_not_fused", "norm_of_copies")),
+    ("batches_loaded_when_needed", "--micro_batch_size 4"),
+]
+COMPILED = ("only_layers_compiled", "--cp_size 2"), ("all_layers_in_one_graph", "")
 
 
 @pytest.mark.steps(9, 9)
-@pytest.mark.parametrize(
-    "without, flags",
-    [
-        ("layers_fetched_when_needed", "--dp_size 2 --dp_engine zero3 --micro_batch_size 2"),
-        ("sends_waited_for", "--pp_size 2 --pp_engine afab --micro_batch_size 4"),
-        ("messages_waited_for", "--tp_size 2 --sequence_parallel --micro_batch_size 4"),
-        ("messages_waited_for", "--cp_size 2 --dp_engine zero1 --micro_batch_size 4"),
-        pytest.param(
-            "only_layers_compiled",
-            "--cp_size 2 --compile aot_eager --micro_batch_size 4",
-            marks=SLOW,
-        ),
-        pytest.param(
-            "all_layers_in_one_graph", "--compile aot_eager --micro_batch_size 4", marks=SLOW
-        ),
-        ("adamw_not_fused", "--micro_batch_size 4"),
-        ("norm_of_copies", "--micro_batch_size 4"),
-        ("batches_loaded_when_needed", "--micro_batch_size 4"),
-    ],
-)
+@pytest.mark.parametrize("without, flags", FAST + [pytest.param(
+    name, f"{flags} --compile aot_eager --micro_batch_size 4", marks=pytest.mark.slow
+) for name, flags in COMPILED])  # fmt: skip
 def test_what_makes_a_step_fast_changes_no_number(step_dir, train_on, without, flags):
     argv = SHAPE + f"--gradient_accumulation_steps 2 {flags}"
     fast = train_on(step_dir, ranks_of(flags), argv, 2)
