@@ -53,6 +53,7 @@ def one_rank(rank, size):
         return []
 
     environment = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 0}  # asked for, and not used
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, {k: str(v) for k, v in environment.items()}))
         stack.enter_context(patch.object(dist, "init_process_group", init_process_group))

@@ -65,11 +65,19 @@ def kernels_of(argv):
 
 
 def printed_kernel_times(argv, kernels):
-    """What `kernel_times.py argv` prints of training on a CPU, with these kernels for a GPU's."""
+    """What `kernel_times.py argv` prints of training on a CPU, with these kernels for a GPU's.
+
+    With `--rank` no launcher has named a port, as under plain `python`.
+    """
     import contextlib
     import io
+    import os
 
     import kernel_times
+
+    launched = [name for name in os.environ if "MASTER_" in name or "TORCHELASTIC" in name]
+    for name in launched if "--rank" in argv else []:
+        del os.environ[name]
 
     def profiled(step):
         step()
