@@ -148,16 +148,24 @@ def look(student):
         with console.status(f"checking milestone {milestone}, {title} …"):
             wrong, seconds = check(student, milestone, milestone)
         if wrong:
-            student.failed(milestone, wrong)
             say(f"Milestone {milestone}, {title}: not yet ({seconds:.0f} s)", "bold red")
-            say(wrong)
-            return False
+            return tell(student, milestone, wrong)
         student.reached(milestone, seconds)
         say(f"Milestone {milestone}, {title}: reached ({seconds:.0f} s)", "bold green")
     item, lack = student.next_item()
     if item is None:
         return finish(student)
     show_item(student, item, lack)
+    return False
+
+
+def tell(student, milestone, wrong):
+    """Say what is wrong, and of which item it is where that is one of an earlier milestone."""
+    student.failed(milestone, wrong)
+    say(wrong)
+    item = student.wrong_item()
+    if item and item.milestone < milestone:
+        say(f"What it names is item {item.number} of {item.page}, {item.title}.")
     return False
 
 
@@ -186,9 +194,7 @@ def finish(student):
             wrong, _ = check(student, milestone, milestone)
         if wrong:
             student.forget()
-            student.failed(milestone, wrong)
-            say(wrong, "bold red")
-            return False
+            return tell(student, milestone, wrong)
     say("They hold.", "bold green")
     if run := CURVES.get(student.number):
         say(f"Does it train as one process does? 20 steps in float64 with {run}:")
@@ -277,7 +283,9 @@ def overview():
         titles = milestones.titles(step)
         state = "not begun"
         if student.is_open:
-            state = "done" if student.is_done else f"{student.count()} of {len(titles)} milestones"
+            state = f"{student.count()} of {len(titles)} milestones"
+            if student.is_done:
+                state = "done" if student.is_whole() else "done, now broken"
         say(f"{student.number}  {step.name:24} {state:18} {spent(student, titles)}")
     say("Begin or go on with `python tests/coach.py N`.", "dim")
 
