@@ -146,7 +146,7 @@ def check_packages(name):
     if [file.name for file in Path(name).glob("tokenizer.*")] != ["tokenizer.model"]:
         return  # a tokenizer.json, or a name on the hub
     with open(Path(name) / "tokenizer.model", "rb") as file:
-        sentencepiece = file.read(1) == b"\n"  # else lines of text, as Llama 3's
+        sentencepiece = file.read(1) == b"\n"  # its files begin so; Llama 3's is lines of text
     modules = {"sentencepiece": "sentencepiece", "protobuf": "google"}
     modules = modules if sentencepiece else {"tiktoken": "tiktoken"}
     missing = [package for package, module in modules.items() if find_spec(module) is None]
