@@ -14,9 +14,9 @@ from errors import (
     positive_float,
     positive_int,
 )
+from learning_rate import WAYS_DOWN, check_schedule
 from metrics_file import check_metrics_file
 from presets import load_config
-from schedules import WAYS_DOWN, check_schedule
 from torch_optimizers import choose_optimizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}

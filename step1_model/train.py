@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from flags import DTYPES, parse_args
+from learning_rate import learning_rate_at
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm
-from schedules import learning_rate_at
 
 
 @dataclass

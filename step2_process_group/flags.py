@@ -14,9 +14,9 @@ from errors import (
     positive_float,
     positive_int,
 )
+from learning_rate import WAYS_DOWN, check_schedule
 from metrics_file import check_metrics_file
 from presets import load_config
-from schedules import WAYS_DOWN, check_schedule
 from started import check_world, world_size
 from torch_optimizers import choose_optimizer
 

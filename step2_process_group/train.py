@@ -13,11 +13,11 @@ import torch
 
 import process_group as pg
 from flags import DTYPES, parse_args
+from learning_rate import learning_rate_at
 from ledger import communication_ledger
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm
-from schedules import learning_rate_at
 from started import together, world_size
 from traffic import predicted_traffic
 

@@ -16,11 +16,11 @@ from context_parallel import apply_context_parallel, sum_gradients, zigzag_posit
 from corpus import load_tokens
 from dataloader import Batches
 from flags import DTYPES, parse_args
+from learning_rate import learning_rate_at
 from ledger import communication_ledger
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm
-from schedules import learning_rate_at
 from started import together
 from tensor_parallel import apply_tensor_parallel
 from traffic import predicted_traffic

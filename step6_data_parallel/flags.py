@@ -15,9 +15,9 @@ from errors import (
     positive_int,
 )
 from files import local_files
+from learning_rate import WAYS_DOWN, check_schedule
 from metrics_file import check_metrics_file
 from presets import load_config
-from schedules import WAYS_DOWN, check_schedule
 from started import check_world
 from torch_optimizers import choose_optimizer
 from zero import ENGINES

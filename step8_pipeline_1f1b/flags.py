@@ -16,10 +16,10 @@ from errors import (
     positive_int,
 )
 from files import local_files
+from learning_rate import WAYS_DOWN, check_schedule
 from metrics_file import check_metrics_file
 from pipeline_parallel import SCHEDULES
 from presets import load_config
-from schedules import WAYS_DOWN, check_schedule
 from started import check_world
 from torch_optimizers import choose_optimizer
 from zero import ENGINES

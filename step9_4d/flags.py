@@ -20,8 +20,8 @@ from errors import (
 from files import local_files
 from huggingface import load_checked_config
 from interleaved import PIPELINE_ENGINES
+from learning_rate import WAYS_DOWN, check_schedule
 from metrics_file import check_metrics_file
-from schedules import WAYS_DOWN, check_schedule
 from started import check_world
 from torch_optimizers import choose_optimizer
 from zero import ENGINES

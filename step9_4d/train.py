@@ -22,13 +22,13 @@ from dataloader import Batches
 from flags import DTYPES, parse_args
 from huggingface import check_tokenizer, load_hf, save_hf
 from interleaved import build_stage
+from learning_rate import learning_rate_at
 from ledger import communication_ledger
 from lock import alone
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm
 from pipeline_parallel import Stage, apply_pipeline_parallel, sum_shared_gradients
-from schedules import learning_rate_at
 from started import together
 from tensor_parallel import apply_tensor_parallel
 from traffic import predicted_traffic

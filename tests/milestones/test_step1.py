@@ -3,6 +3,7 @@
 import numpy_llama
 import pytest
 import workers_step1 as workers
+import workers_step1_optimizers as optimizers
 import workers_step1_pages as pages
 from harness import World
 from launch import launch
@@ -189,3 +190,17 @@ def test_a_full_disk(step_dir, worlds, tmp_path):
 @pytest.mark.milestone(1, 10)
 def test_what_is_reported_of_a_step(step_dir, worlds, tmp_path):
     worlds(step_dir, 1).run(pages.metrics, str(tmp_path / "metrics.jsonl"))
+
+
+# --- 11. and 12. OPTIMIZERS.md --------------------------------------------------------------------
+
+
+@pytest.mark.milestone(1, 11)
+def test_the_learning_rate(step_dir, worlds):
+    worlds(step_dir, 1).run(optimizers.learning_rates)
+
+
+@pytest.mark.milestone(1, 12)
+def test_another_optimizer(step_dir, worlds):
+    worlds(step_dir, 1).run(optimizers.chosen)
+    worlds(step_dir, 1).run(optimizers.refused)
