@@ -66,7 +66,7 @@ def chosen():
     for flags, kind, options in (
         (("adamw",), torch.optim.AdamW, {"betas": (0.9, 0.95), "fused": True, "lr": 0.1}),
         (("SGD", '{"momentum": 0.5}'), torch.optim.SGD, {"momentum": 0.5, "fused": True}),
-        (("adamw", '{"betas": [0.8, 0.9]}'), torch.optim.AdamW, {"betas": [0.8, 0.9]}),
+        (("adam", '{"eps": 1e-4}'), torch.optim.Adam, {"eps": 1e-4, "fused": True}),
         (("rmsprop",), torch.optim.RMSprop, {"momentum": 0}),
     ):
         made, group = groups_of(*flags)
