@@ -203,9 +203,10 @@ def finish(student):
             say("Not yet: the table says where the curves part.", "bold red")
             return False
     student.done()
-    count = len(lessons.walk(student.ours))
-    mine = count - len(student.about["skipped"])
-    say(f"Step {student.number} is yours: {mine} of its {count} items you wrote.", "bold green")
+    walk = lessons.walk(student.ours)
+    same = sum(map(student.is_ours, walk))
+    say(f"Step {student.number} is yours: {len(walk)} items are done.", "bold green")
+    say(f"{len(walk) - same} of them you wrote in your own way; {same} are ours, word for word.")
     say(f"The whole step's tests: python -m pytest --step-dir={shown(student.own)}")
     return True
 
@@ -320,7 +321,7 @@ def parse_args():
     parser.add_argument("what", nargs="?", help="the number of a step, `quiz` or `lab`")
     parser.add_argument("words", nargs="*", help="see above")
     parser.add_argument("--once", action="store_true", help="look once, and don't wait for changes")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # so `4 --once hint` is as good as `4 hint --once`
 
 
 def main(args):

@@ -34,9 +34,7 @@ def learning_rates():
         what += f"--min_lr_ratio {ratio}"
         same(found, 1e-3 * torch.tensor(parts, dtype=torch.float64), what, where)
     args.warmup_steps = 0
-    assert learning_rate_at(1, args) == 1e-3, (
-        "learning_rate_at 1 without warm-up is the peak"
-    )
+    assert learning_rate_at(1, args) == 1e-3, "learning_rate_at 1 without warm-up is the peak"
 
 
 def asked(name="adamw", more="{}", weight_decay=0.1):
