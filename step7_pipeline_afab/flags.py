@@ -55,7 +55,9 @@ def parse_args(argv):
     parser.add_argument("--lr_schedule", choices=WAYS_DOWN, default="cosine")
     parser.add_argument("--min_lr_ratio", type=non_negative_float, help="at the end; default: 0.1")
     parser.add_argument("--decay_steps", type=positive_int, help="default: all; a fifth with wsd")
-    parser.add_argument("--optimizer", default="adamw", help="by its name in torch.optim")
+    parser.add_argument(
+        "--optimizer", type=str.lower, default="adamw", help="by its name in torch.optim"
+    )
     parser.add_argument("--optimizer_args", default="{}", help="JSON of further arguments")
     parser.add_argument("--weight_decay", type=non_negative_float, default=0.1)
     parser.add_argument("--max_grad_norm", type=positive_float, default=1.0, help="inf: no clip")

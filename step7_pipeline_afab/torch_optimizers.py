@@ -37,7 +37,7 @@ def choose_optimizer(args):
 
     Raises UserError for a name that is not there, or arguments that it does not take.
     """
-    name, flag = args.optimizer.lower(), f"--optimizer {args.optimizer}"
+    name, flag = args.optimizer, f"--optimizer {args.optimizer}"
     choice = f"choose one of {', '.join(ELEMENTWISE)}"
     if name in NOT_ELEMENTWISE:
         raise UserError(f"{flag}: it works on {NOT_ELEMENTWISE[name]}; {choice}")

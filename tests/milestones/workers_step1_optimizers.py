@@ -63,7 +63,7 @@ def chosen():
 
     for flags, kind, options in (
         (("adamw",), torch.optim.AdamW, {"betas": (0.9, 0.95), "fused": True, "lr": 0.1}),
-        (("SGD", '{"momentum": 0.5}'), torch.optim.SGD, {"momentum": 0.5, "fused": True}),
+        (("sgd", '{"momentum": 0.5}'), torch.optim.SGD, {"momentum": 0.5, "fused": True}),
         (("adam", '{"eps": 1e-4}'), torch.optim.Adam, {"eps": 1e-4, "fused": True}),
         (("rmsprop",), torch.optim.RMSprop, {"momentum": 0}),
     ):
