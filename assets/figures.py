@@ -12,6 +12,7 @@ import figures_data_parallel  # noqa: E402
 import figures_overview  # noqa: E402
 import figures_pipeline  # noqa: E402
 import figures_ring  # noqa: E402
+import figures_training  # noqa: E402
 from drawing import plt  # noqa: E402
 
 FIGURES = [
@@ -19,6 +20,7 @@ FIGURES = [
     figures_overview.one_layer,
     figures_overview.mesh,
     figures_overview.packing,
+    figures_training.learning_rates,
     figures_axes.tensor_parallel,
     figures_ring.ring,
     figures_ring.ring_backward,

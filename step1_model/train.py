@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from flags import DTYPES, parse_args
+from learning_rate import learning_rate_at
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
-from optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
+from optimizer import build_optimizer, clip_gradients, gradient_norm
 
 
 @dataclass
@@ -41,7 +42,7 @@ def setup(args):
         model.compile_layers(args.compile)
 
     parameters = list(model.parameters())
-    optimizer = build_optimizer(parameters, args.learning_rate, args.weight_decay)
+    optimizer = build_optimizer(parameters, args)
     batch = one_batch(args, device)
     return State(args, device, model, parameters, optimizer, batch)
 

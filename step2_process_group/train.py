@@ -13,10 +13,11 @@ import torch
 
 import process_group as pg
 from flags import DTYPES, parse_args
+from learning_rate import learning_rate_at
 from ledger import communication_ledger
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
-from optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
+from optimizer import build_optimizer, clip_gradients, gradient_norm
 from started import together, world_size
 from traffic import predicted_traffic
 
@@ -47,7 +48,7 @@ def setup(args):
         model.compile_layers(args.compile)
 
     parameters = list(model.parameters())
-    optimizer = build_optimizer(parameters, args.learning_rate, args.weight_decay)
+    optimizer = build_optimizer(parameters, args)
     batch = one_batch(args, device)
     return State(args, device, mesh, model, parameters, optimizer, batch)
 

@@ -42,7 +42,8 @@ def load_tokens(args, world, device):
     """(tokens of `--dataset_name` to train on, those to hold out or None), arrays [tokens].
 
     The same on every rank: the first one tokenises unless the cache has the result; the others
-    wait and map the files. None: the data set names no text for validation.
+    wait and map the files. None: the data set names no text for validation. The name `random` is
+    no text: here each rank draws ids by the seed, at least 4 steps of them.
     Raises UserError for a data set that is missing, unreadable or empty, and for a token id that
     the model's vocabulary does not have.
     """
@@ -146,7 +147,7 @@ def check_packages(name):
     if [file.name for file in Path(name).glob("tokenizer.*")] != ["tokenizer.model"]:
         return  # a tokenizer.json, or a name on the hub
     with open(Path(name) / "tokenizer.model", "rb") as file:
-        sentencepiece = file.read(1) == b"\n"  # else lines of text, as Llama 3's
+        sentencepiece = file.read(1) == b"\n"  # its files begin so; Llama 3's is lines of text
     modules = {"sentencepiece": "sentencepiece", "protobuf": "google"}
     modules = modules if sentencepiece else {"tiktoken": "tiktoken"}
     missing = [package for package, module in modules.items() if find_spec(module) is None]
@@ -231,7 +232,10 @@ def encoder(tokenizer):
 
 
 def encode_batch(batch, ids_of, end, dtype):
-    """The tokens of a list of (slice, whether a document ends with it), an array [tokens]."""
+    """The tokens of a list of (slice, whether a document ends with it), an array [tokens].
+
+    ids_of: from a list of texts to their lists of ids. end: [the id after a document].
+    """
     ids = ids_of([text for text, _ in batch]) if batch else []
     ended = ([*one, *end] if ends else one for one, (_, ends) in zip(ids, batch, strict=True))
     return np.fromiter(itertools.chain.from_iterable(ended), dtype)

@@ -49,7 +49,11 @@ class Order:
         self.epoch, self.shuffled = None, None
 
     def sequence(self, position):
-        """Index of the window at a position of the endless row."""
+        """Index of the window at a position of the endless row.
+
+        An epoch's order is that of torch.randperm, by a generator of its own. Its seed is the first
+        8 bytes of sha256("SEED epoch EPOCH"), read as a little-endian number.
+        """
         epoch, place = divmod(position, self.count)
         if epoch != self.epoch:
             digest = hashlib.sha256(f"{self.seed} epoch {epoch}".encode()).digest()

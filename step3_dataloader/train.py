@@ -15,10 +15,11 @@ import process_group as pg
 from corpus import load_tokens
 from dataloader import Batches
 from flags import DTYPES, parse_args
+from learning_rate import learning_rate_at
 from ledger import communication_ledger
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
-from optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
+from optimizer import build_optimizer, clip_gradients, gradient_norm
 from started import together, world_size
 from traffic import predicted_traffic
 
@@ -51,7 +52,7 @@ def setup(args):
         model.compile_layers(args.compile)
 
     parameters = list(model.parameters())
-    optimizer = build_optimizer(parameters, args.learning_rate, args.weight_decay)
+    optimizer = build_optimizer(parameters, args)
     data = Batches(args, tokens, device, validation)
     return State(args, device, mesh, model, parameters, optimizer, data)
 

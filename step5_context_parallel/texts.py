@@ -63,7 +63,8 @@ def slices(pieces):
     for text, ends in pieces:
         rest += text.replace("\0", "")
         start = 0
-        # While the document goes on, wait until the whole range in which a cut may be is there.
+        # While the document goes on, wait for the whole range in which a cut may be. Otherwise the
+        # cut would depend on where a piece ends.
         while len(rest) - start > (SLICE if ends else LONGEST_SLICE):
             # The last of SLICE characters may be the letter that is found. The cut is behind it.
             found = WORD_ENDS.search(rest, start + SLICE - 1, start + LONGEST_SLICE)

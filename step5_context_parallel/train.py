@@ -16,10 +16,11 @@ from context_parallel import apply_context_parallel, sum_gradients, zigzag_posit
 from corpus import load_tokens
 from dataloader import Batches
 from flags import DTYPES, parse_args
+from learning_rate import learning_rate_at
 from ledger import communication_ledger
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
-from optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
+from optimizer import build_optimizer, clip_gradients, gradient_norm
 from started import together
 from tensor_parallel import apply_tensor_parallel
 from traffic import predicted_traffic
@@ -55,7 +56,7 @@ def setup(args):
         model.compile_layers(args.compile)
 
     parameters = list(model.parameters())
-    optimizer = build_optimizer(parameters, args.learning_rate, args.weight_decay)
+    optimizer = build_optimizer(parameters, args)
     positions = zigzag_positions(args.seq_len, mesh.group("cp"))
     data = Batches(args, tokens, device, positions, validation)
     return State(args, device, mesh, model, parameters, optimizer, data)

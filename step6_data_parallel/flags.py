@@ -15,9 +15,11 @@ from errors import (
     positive_int,
 )
 from files import local_files
+from learning_rate import WAYS_DOWN, check_schedule
 from metrics_file import check_metrics_file
 from presets import load_config
 from started import check_world
+from torch_optimizers import choose_optimizer
 from zero import ENGINES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -49,6 +51,13 @@ def parse_args(argv):
     parser.add_argument("--max_tokens", type=positive_int, default=400_000, help="to train on")
     parser.add_argument("--learning_rate", type=positive_float, default=3e-4)
     parser.add_argument("--warmup_steps", type=non_negative_int, default=20)
+    parser.add_argument("--lr_schedule", choices=WAYS_DOWN, default="cosine")
+    parser.add_argument("--min_lr_ratio", type=non_negative_float, help="at the end; default: 0.1")
+    parser.add_argument("--decay_steps", type=positive_int, help="default: all; a fifth with wsd")
+    parser.add_argument(
+        "--optimizer", type=str.lower, default="adamw", help="by its name in torch.optim"
+    )
+    parser.add_argument("--optimizer_args", default="{}", help="JSON of further arguments")
     parser.add_argument("--weight_decay", type=non_negative_float, default=0.1)
     parser.add_argument("--max_grad_norm", type=positive_float, default=1.0, help="inf: no clip")
     parser.add_argument("--seed", type=non_negative_int, default=42)
@@ -77,6 +86,7 @@ def parse_args(argv):
         raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
     check_world(args.device, tp=args.tp_size, cp=args.cp_size, dp=args.dp_size)
     check_compiler(args)
+    choose_optimizer(args)
     check_metrics_file(args)
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     args.config = load_config(args)
@@ -86,6 +96,7 @@ def parse_args(argv):
     sequences = args.micro_batch_size * args.gradient_accumulation_steps * args.dp_size
     args.tokens_per_step = sequences * args.seq_len
     args.total_steps = -(-args.max_tokens // args.tokens_per_step)  # rounded up
+    check_schedule(args)
     return args
 
 

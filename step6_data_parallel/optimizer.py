@@ -1,36 +1,22 @@
-"""AdamW, its learning rate, and the norm of the whole model's gradient."""
-
-import math
+"""The optimizer, and the norm of the whole model's gradient."""
 
 import torch
 
 import process_group as pg
 
 
-def build_optimizer(parameters, learning_rate, weight_decay):
-    """AdamW with decay on matrices only: shrinking a norm's weight would shrink its layer.
+def build_optimizer(parameters, args):
+    """AdamW, or another one, with decay on matrices only: a smaller norm weight shrinks its layer.
 
-    Source: AdamW (arXiv:1711.05101), algorithm 2; betas as in Llama 2 (arXiv:2307.09288), 2.2.
+    Source: AdamW (arXiv:1711.05101), algorithm 2.
     """
     matrices = [p for p in parameters if len(p.full_shape) >= 2]
     vectors = [p for p in parameters if len(p.full_shape) < 2]
     groups = [
-        {"params": matrices, "weight_decay": weight_decay},
+        {"params": matrices, "weight_decay": args.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
-
-
-def learning_rate_at(step, args):
-    """Linear warm-up to `--learning_rate`, then a cosine down to a tenth of it at `--max_tokens`.
-
-    step counts from 1. Source: SGDR (arXiv:1608.03983), section 3.
-    """
-    if step <= args.warmup_steps:
-        return args.learning_rate * step / args.warmup_steps
-    decay_steps = max(1, args.total_steps - args.warmup_steps)
-    progress = min(1.0, (step - args.warmup_steps) / decay_steps)
-    return args.learning_rate * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
+    return args.make_optimizer(groups, lr=args.learning_rate)
 
 
 @torch.no_grad()

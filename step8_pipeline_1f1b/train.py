@@ -17,10 +17,11 @@ from corpus import load_tokens
 from data_parallel import Naive
 from dataloader import Batches
 from flags import DTYPES, parse_args
+from learning_rate import learning_rate_at
 from ledger import communication_ledger
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
-from optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
+from optimizer import build_optimizer, clip_gradients, gradient_norm
 from pipeline_parallel import Stage, apply_pipeline_parallel, sum_shared_gradients
 from started import together
 from tensor_parallel import apply_tensor_parallel
@@ -63,7 +64,7 @@ def setup(args):
     engine = data_parallel(args.dp_engine, model, mesh.group("dp", "cp"))
     stage = Stage(args, model, mesh.group("pp"), engine, device)
     parameters = engine.parameters
-    optimizer = build_optimizer(parameters, args.learning_rate, args.weight_decay)
+    optimizer = build_optimizer(parameters, args)
     positions = zigzag_positions(args.seq_len, mesh.group("cp"))
     data = Batches(args, tokens, device, positions, mesh.group("dp"), validation)
     return State(args, device, mesh, model, engine, stage, parameters, optimizer, data)

@@ -23,7 +23,7 @@ import run_directory
 from corpus import tokenizer_of
 from errors import UserError, note
 from presets import preset, special_tokens
-from resharding import all_finite, read_tensors, tensors_of, write_tensors
+from resharding import all_finite, read_tensors, scalars_of, tensors_of, write_tensors
 from run_directory import checkpoints, find, newest_sound, own, read_about
 
 MODEL_FIELDS = sorted(vars(preset("debug")))  # of a configuration
@@ -31,6 +31,7 @@ MODEL_FIELDS = sorted(vars(preset("debug")))  # of a configuration
 MAY_CHANGE = (
     *("dataset_name", "dataset_config", "text_column", "tokenizer_name", "max_tokens"),
     *("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "dtype"),
+    *("lr_schedule", "min_lr_ratio", "decay_steps"),
 )
 
 
@@ -85,7 +86,8 @@ def choose_checkpoint(args):
 def compare(args, about):
     """Raise UserError, with both values, where a checkpoint's run is not this one."""
     there, here = {**args.flags, **about["flags"]}, args.flags  # an older one may lack a flag
-    pairs = [(f"--{name}", there[name], here[name]) for name in ("seed", "seq_len")]
+    same = ("seed", "seq_len", "optimizer", "optimizer_args")
+    pairs = [(f"--{name}", there[name], here[name]) for name in same]
     batch = ["micro_batch_size", "gradient_accumulation_steps", "dp_size"]
     pairs.append((
         "a global batch (" + " x ".join(f"--{name}" for name in batch) + ")",
@@ -207,6 +209,7 @@ def about_of(state, files, others):
         "dtype": "float64" if args.dtype == "float64" else "float32",  # of the weights
         "model": model_fields(args.config),
         "data": args.data,
+        "scalars": scalars_of(state.optimizer, state.parameters),
         "files": files,
         "others": others,
     }
@@ -269,8 +272,10 @@ def load(state):
     compare_data(args, args.resumed)
     state.engine.finish_update()
     state.step = args.resumed["step"]
+    scalars = args.resumed.get("scalars", {"step": state.step})  # older ones are AdamW's
     for entry in state.optimizer.state.values():
-        entry["step"].fill_(state.step)
+        for name, value in scalars.items():
+            entry[name].fill_(value)
 
 
 def read_by_all(args, world, read):

@@ -7,6 +7,7 @@ when it is written and compared by whoever reads it.
 """
 
 import errno
+import inspect
 import itertools
 import math
 import os
@@ -60,25 +61,40 @@ class Tensors(dict):
 
 
 def tensors_of(parameters, optimizer=None):
-    """Weights, and with an optimizer its two averages of each, as `Tensors`."""
+    """Weights, and with an optimizer what it keeps of each number of them, as `Tensors`."""
     tensors = Tensors()
     for parameter in parameters:
         name = parameter.global_name
         tensors.put(name, parameter, parameter)
-        if optimizer is not None:
-            for average in ("exp_avg", "exp_avg_sq"):
-                tensors.put(f"{name}.{average}", parameter, moments(optimizer, parameter)[average])
+        kept = kept_of(optimizer, parameter) if optimizer is not None else {}
+        for key, value in kept.items():
+            if value.dim():
+                tensors.put(f"{name}.{key}", parameter, value)
     return tensors
 
 
-def moments(optimizer, parameter):
-    """AdamW's state of a parameter; zeros before the first step."""
+def kept_of(optimizer, parameter):
+    """What an optimizer keeps of a parameter: tensors of its shape, and scalars.
+
+    Before the first step there is nothing. Then a step on a single number shows what there will be.
+    """
     entry = optimizer.state[parameter]
     if not entry:
-        entry["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        entry["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
-        entry["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+        number = parameter.detach().flatten()[:1].clone().requires_grad_()
+        number.grad = torch.zeros_like(number)
+        known = inspect.signature(type(optimizer)).parameters
+        options = {name: value for name, value in optimizer.defaults.items() if name in known}
+        trial = type(optimizer)([number], **options)
+        trial.step()
+        for name, value in trial.state[number].items():
+            entry[name] = torch.zeros_like(parameter if value.dim() else value)
     return entry
+
+
+def scalars_of(optimizer, parameters):
+    """What an optimizer keeps once for all numbers, {name: number}: of AdamW the `step`."""
+    kept = optimizer.state[parameters[0]]
+    return {name: value.item() for name, value in kept.items() if not value.dim()}
 
 
 def stored_key(key, place):

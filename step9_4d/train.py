@@ -22,11 +22,12 @@ from dataloader import Batches
 from flags import DTYPES, parse_args
 from huggingface import check_tokenizer, load_hf, save_hf
 from interleaved import build_stage
+from learning_rate import learning_rate_at
 from ledger import communication_ledger
 from lock import alone
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
-from optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
+from optimizer import build_optimizer, clip_gradients, gradient_norm
 from pipeline_parallel import Stage, apply_pipeline_parallel, sum_shared_gradients
 from started import together
 from tensor_parallel import apply_tensor_parallel
@@ -79,7 +80,7 @@ def setup(args):
     engine = data_parallel(args.dp_engine, model, mesh.group("dp", "cp"))
     stage = build_stage(args, model, mesh.group("pp"), engine, device)
     parameters = engine.parameters
-    optimizer = build_optimizer(parameters, args.learning_rate, args.weight_decay)
+    optimizer = build_optimizer(parameters, args)
     positions = zigzag_positions(args.seq_len, mesh.group("cp"))
     data = Batches(args, tokens, device, positions, mesh.group("dp"), validation)
     state = State(args, device, mesh, model, engine, stage, parameters, optimizer, data)

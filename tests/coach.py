@@ -148,16 +148,24 @@ def look(student):
         with console.status(f"checking milestone {milestone}, {title} …"):
             wrong, seconds = check(student, milestone, milestone)
         if wrong:
-            student.failed(milestone, wrong)
             say(f"Milestone {milestone}, {title}: not yet ({seconds:.0f} s)", "bold red")
-            say(wrong)
-            return False
+            return tell(student, milestone, wrong)
         student.reached(milestone, seconds)
         say(f"Milestone {milestone}, {title}: reached ({seconds:.0f} s)", "bold green")
     item, lack = student.next_item()
     if item is None:
         return finish(student)
     show_item(student, item, lack)
+    return False
+
+
+def tell(student, milestone, wrong):
+    """Say what is wrong, and of which item it is where that is one of an earlier milestone."""
+    student.failed(milestone, wrong)
+    say(wrong)
+    item = student.wrong_item()
+    if item and item.milestone < milestone:
+        say(f"What it names is item {item.number} of {item.page}, {item.title}.")
     return False
 
 
@@ -186,9 +194,7 @@ def finish(student):
             wrong, _ = check(student, milestone, milestone)
         if wrong:
             student.forget()
-            student.failed(milestone, wrong)
-            say(wrong, "bold red")
-            return False
+            return tell(student, milestone, wrong)
     say("They hold.", "bold green")
     if run := CURVES.get(student.number):
         say(f"Does it train as one process does? 20 steps in float64 with {run}:")
@@ -197,9 +203,10 @@ def finish(student):
             say("Not yet: the table says where the curves part.", "bold red")
             return False
     student.done()
-    count = len(lessons.walk(student.ours))
-    mine = count - len(student.about["skipped"])
-    say(f"Step {student.number} is yours: {mine} of its {count} items you wrote.", "bold green")
+    walk = lessons.walk(student.ours)
+    same = sum(map(student.is_ours, walk))
+    say(f"Step {student.number} is yours: {len(walk)} items are done.", "bold green")
+    say(f"{len(walk) - same} of them you wrote in your own way; {same} are ours, word for word.")
     say(f"The whole step's tests: python -m pytest --step-dir={shown(student.own)}")
     return True
 
@@ -277,7 +284,9 @@ def overview():
         titles = milestones.titles(step)
         state = "not begun"
         if student.is_open:
-            state = "done" if student.is_done else f"{student.count()} of {len(titles)} milestones"
+            state = f"{student.count()} of {len(titles)} milestones"
+            if student.is_done:
+                state = "done" if student.is_whole() else "done, now broken"
         say(f"{student.number}  {step.name:24} {state:18} {spent(student, titles)}")
     say("Begin or go on with `python tests/coach.py N`.", "dim")
 
@@ -312,7 +321,7 @@ def parse_args():
     parser.add_argument("what", nargs="?", help="the number of a step, `quiz` or `lab`")
     parser.add_argument("words", nargs="*", help="see above")
     parser.add_argument("--once", action="store_true", help="look once, and don't wait for changes")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # so `4 --once hint` is as good as `4 hint --once`
 
 
 def main(args):

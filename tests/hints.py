@@ -84,7 +84,9 @@ def users_of(name, ours, home, own):
 def hint(item, ours, level):
     """The text of a hint, 1 to 3."""
     if level == 1:
-        return item.explanation
+        names = dict.fromkeys(name for piece in item.pieces for name in calls_in(piece, ours))
+        used = f"\n\nOur lines call {', '.join(f'`{n}`' for n in names)}." if names else ""
+        return item.explanation + used
     parts = []
     for piece in item.pieces:
         lines = piece.text if level == 3 else outline(piece, ours)
@@ -96,15 +98,29 @@ def hint(item, ours, level):
 # --- the outline ----------------------------------------------------------------------------------
 
 
+def new_statements(piece, ours):
+    """The statements of a piece that the step adds."""
+    new = lessons.added(ours / piece.file) if piece.kind == "diff" else piece.lines
+    tree = ast.parse("\n".join(lessons.source(ours / piece.file)))
+    return [node for node in statements(tree) if node.lineno in piece.lines and node.lineno in new]
+
+
+def calls_in(piece, ours):
+    """What the new lines of a piece call, as it is written there: `pg.exchange`."""
+    nodes = sorted(new_statements(piece, ours), key=lambda node: node.lineno)
+    calls = [n for node in nodes for n in ast.walk(node) if isinstance(n, ast.Call)]
+    return [ast.unparse(call.func) for call in calls if is_dotted(call.func)]
+
+
+def is_dotted(node):
+    return isinstance(node, ast.Name) or isinstance(node, ast.Attribute) and is_dotted(node.value)
+
+
 def outline(piece, ours):
     """The lines of a piece without what stands to the right: who is assigned, what is called."""
-    lines = lessons.source(ours / piece.file)
-    new = lessons.added(ours / piece.file) if piece.kind == "diff" else piece.lines
-    shown = []
-    for node in statements(ast.parse("\n".join(lines))):
-        if node.lineno in piece.lines and node.lineno in new:
-            indent = " " * node.col_offset
-            shown.append((node.lineno, indent + sketch(node, lines)))
+    lines, shown = lessons.source(ours / piece.file), []
+    for node in new_statements(piece, ours):
+        shown.append((node.lineno, " " * node.col_offset + sketch(node, lines)))
     if not shown:
         return "# nothing is added here: lines leave"
     first = min(len(text) - len(text.lstrip()) for _, text in shown)

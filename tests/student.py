@@ -94,6 +94,10 @@ class Student:
                 return f"{why}. Python can't read the file."
         return None
 
+    def is_whole(self):
+        """Whether all is there that was once done; no check runs."""
+        return not self.broken() and self.next_item()[0] is None
+
     def next_item(self):
         """The first item that is not written, with a sentence about it: (item, sentence)."""
         lessons.source.cache_clear()
@@ -143,14 +147,29 @@ class Student:
         self.keep()
 
     def wrong_item(self):
-        """The item of a milestone that failed which the message names, or its first one."""
+        """The item that the message names of the milestone that failed, or of one before it.
+
+        If it names none: the first item of that milestone.
+        """
         milestone, told = self.about.get("failed", (0, ""))
         items = [item for item in lessons.walk(self.ours) if item.milestone == milestone]
+        past = [item for item in lessons.walk(self.ours) if item.milestone < milestone]
+        ways = (whole_name, items), (unmistakable, past), (last_part, items)
+        for name_in, among in ways:
+            for item in among:
+                names = filter(None, (name_in(piece.name) for piece in item.pieces))
+                if any(re.search(rf"\b{re.escape(name)}\b", told) for name in names):
+                    return item
+        return items[0] if items else None
 
-        def is_named(item):
-            return any(re.search(rf"\b{p.name.split('.')[-1]}\b", told) for p in item.pieces)
-
-        return next(filter(is_named, items), items[0] if items else None)
+    def is_ours(self, item):
+        """Whether an item of the reader's version has our lines, all of them."""
+        pieces = [p for p in item.pieces if p.name not in ("docstring", "imports")]
+        own, ours = (
+            [milestones.text_of(folder / p.file, p.name) for p in pieces]
+            for folder in (self.own, self.ours)
+        )
+        return own == ours
 
     def forget(self):
         """All milestones are to be checked again."""
@@ -239,6 +258,21 @@ def replaced(mine, ours, name):
     gap = [""] * (1 if "." in name else 2)
     lines[place:place] = [*gap, *taken] if place else [*taken, *gap]
     return "\n".join(lines) + "\n"
+
+
+def whole_name(name):
+    """`Ring` of the piece `Ring.head`."""
+    return name.removesuffix(".head")
+
+
+def unmistakable(name):
+    """A name that is no word of a sentence, or None: `all_reduce` and `Ring`, but not `part`."""
+    return whole_name(name) if re.search("[A-Z_]", name) else None
+
+
+def last_part(name):
+    """`forward` of `Ring.forward`."""
+    return name.split(".")[-1]
 
 
 def ranges(text):

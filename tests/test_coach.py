@@ -95,7 +95,8 @@ def test_hints_say_more_each_time(opened, capsys):
         *(hints.hint(item, one.ours, n) for n in (1, 2, 3)),
     )
     assert "write `AllReduce.forward`" in task and "pg.all_reduce" not in task
-    assert idea == item.explanation
+    calls = "`ctx.mark_dirty`, `pg.all_reduce`, `function.apply`"
+    assert idea == f"{item.explanation}\n\nOur lines call {calls}."
     changed = next(i for i in lessons.walk(one.ours) if i.title == "The gradient norm")
     assert "def gradient_norm(parameters, names, group):" in hints.task(changed, one.ours)
     assert "with all_reduce" in outline and "pg.all_reduce(x, group)" not in outline
@@ -124,14 +125,24 @@ def test_a_session(opened, home, capsys, monkeypatch):
     assert "1 of 5 milestones" in typed()
     assert right == mine.read_text()
 
+    one = student.Student(4)
+    one.done()
+    monkeypatch.setattr(student.Student, "next_item", lambda self: (None, ""))
+    assert "4  step4_tensor_parallel    done  " in typed()
+    mine.unlink()
+    assert "4  step4_tensor_parallel    done, now broken" in typed()
 
-def test_words_are_about_what_is_wrong(opened):
+
+def test_words_are_about_what_is_wrong(opened, capsys):
     """After a failed check a hint is about its milestone, and about the function it names."""
     one = opened(4)
     one.failed(1, "the output of RowParallelLinear is off by up to 4.7")
     assert one.wrong_item().title == "Cut by input features"
     one.failed(1, "something is off")
     assert one.wrong_item().number == 1
+    coach.tell(one, 4, "cross_entropy of a part is off")  # `part` is of milestone 1
+    assert "item 8 of README.md, The loss from two numbers a token." in capsys.readouterr().out
+    assert one.wrong_item().title == "The loss from two numbers a token"
     one.reached(1, 9)
     assert one.wrong_item() is None
 

@@ -39,6 +39,16 @@ STEP1 = {
     ),
     "--warmup_steps 1e3": ("--warmup_steps", "'1e3'", "0 or more"),
     "--model_name {tmp}/zero": ("zero", "num_hidden_layers", "below 1"),
+    "--lr_schedule slow": ("--lr_schedule", "slow", "wsd"),
+    "--lr_schedule constant --decay_steps 3": ("--decay_steps", "--lr_schedule constant"),
+    "--lr_schedule constant --min_lr_ratio 0": ("--min_lr_ratio", "--lr_schedule constant"),
+    "--decay_steps 5000": ("--decay_steps 5000", "--max_tokens", "--warmup_steps"),
+    "--min_lr_ratio 1.5": ("--min_lr_ratio 1.5", "0 to 1"),
+    "--optimizer Muon": ("--optimizer muon", "whole matrices", "adamw"),
+    "--optimizer adamv": ("--optimizer adamv", "adamw"),
+    "--optimizer_args [1]": ("--optimizer_args [1]", "JSON object"),
+    '--optimizer_args {{"lr":1}}': ("--optimizer_args", "--learning_rate"),
+    '--optimizer sgd --optimizer_args {{"beta":1}}': ("--optimizer sgd", "beta", "torch.optim"),
 }
 STEP1_ONLY = {"--vocab_size 100": ("--vocab_size 100", "256")}
 STEP3 = {

@@ -89,11 +89,13 @@ def test_each_step_is_built_from_its_stubs(step, student_of, subtests):
     assert one.next_item()[0] is None
 
 
-@pytest.mark.slow
 def test_each_milestone_has_a_wrong_line():
     count = 0
     for step in lessons.steps():
         made = {mistake["milestone"] for mistake in mistakes_in(step)}
         assert made == set(milestones.titles(step)), step.name
         count += len(mistakes_in(step))
+        for mistake in mistakes_in(step):
+            text, ours = (step / mistake["file"]).read_text(), mistake["ours"]
+            assert text.count(ours) == 1, f"not once in {step.name}/{mistake['file']}: {ours}"
     assert count >= 40

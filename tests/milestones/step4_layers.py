@@ -75,6 +75,30 @@ def a_part_of_a_weight(dim):
     return list(range(7)[held[dim]])
 
 
+def sum_over_its_input():
+    """A sum written over numbers that autograd keeps must not give a wrong gradient silently."""
+    import torch
+
+    import tensor_parallel
+
+    group, _ = setting()
+    weight = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    share = weight.exp()  # its backward uses what it gave
+    y = tensor_parallel.AllReduce.apply(share, group)
+    try:
+        y.sum().backward()
+    except RuntimeError as error:
+        assert "inplace" in str(error), error
+        return
+    what = "AllReduce: behind an exp the gradient"
+    same(
+        weight.grad,
+        weight.detach().exp(),
+        what,
+        "exp(x). Has forward told autograd what it does to x",
+    )
+
+
 def row_parallel(sequence_parallel):
     from tensor_parallel import RowParallelLinear
 

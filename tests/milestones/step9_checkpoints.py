@@ -28,7 +28,7 @@ def held_part(name, rows, piece=None):
 def views():
     import torch
 
-    from resharding import rectangles, tensors_of
+    from resharding import rectangles, scalars_of, tensors_of
 
     inside = slice(1, 3), [(2, 1, 1, 2, 0, 2)]
     across = slice(4, 15), [(2, 4, 1, 2, 0, 2), (3, 0, 1, 6, 2, 8), (4, 0, 1, 3, 8, 11)]
@@ -54,13 +54,21 @@ def views():
     )
     for name in ("exp_avg", "exp_avg_sq"):
         zero = all((view == 0).all() for view in tensors[f"weight.{name}"].values())
-        assert zero, f"moments: {name} begins as zeros"
+        assert zero, f"kept_of: {name} begins as zeros"
     for number, name in enumerate(("exp_avg", "exp_avg_sq"), 1):
         parts = tensors[f"weight.{name}"]
         optimizer.state[part][name].fill_(number)
         assert all((view == number).all() for view in parts.values()), (
             f"tensors_of: the views of {name} are of another tensor than AdamW's {name}"
         )
+    optimizer.state[part]["step"].fill_(7)
+    found = scalars_of(optimizer, [part])
+    assert found == {"step": 7}, f"scalars_of AdamW after step 7 is {found}, not the step alone"
+    momentum = torch.optim.SGD([part], momentum=0.9)
+    names = {"weight", "weight.momentum_buffer"}
+    found = tensors_of([part], momentum).keys()
+    assert found == names, f"tensors_of with SGD with momentum has {[*found]}, not {names}"
+    assert not part.grad and (part == 5).all(), "kept_of: the trial step must not touch a weight"
 
 
 NAMES = ("cut", "both", "twice1", "twice2")
@@ -201,13 +209,15 @@ def what_is_the_same(folder):
     one, other = (checkpoint.identity(np.arange(n, n + 5, dtype=np.uint8)) for n in (0, 1))
     assert one["tokens"] == 5 and one != other, "identity should tell data apart by their content"
     flags = {"seed": 3, "seq_len": 16, "micro_batch_size": 2, "gradient_accumulation_steps": 1}
+    flags |= {"optimizer": "adamw", "optimizer_args": "{}"}
     flags |= {"dp_size": 1, **dict.fromkeys(checkpoint.MAY_CHANGE)}
     model = checkpoint.model_fields(state.args.config)
     about = {"flags": flags, "model": dict(model), "tokenizer": "bytes"}
     state.args.flags = {**flags, "micro_batch_size": 1, "dp_size": 2}  # the same global batch
     checkpoint.compare(state.args, about)
     for changes, words in (({"seed": 4}, "--seed"), ({"seq_len": 8}, "--seq_len 16, not 8"),
-                           ({"dp_size": 4}, "global batch")):  # fmt: skip
+                           ({"dp_size": 4}, "global batch"),
+                           ({"optimizer": "sgd"}, "--optimizer adamw, not sgd")):  # fmt: skip
         state.args.flags = flags | changes
         refused("compare", lambda: checkpoint.compare(state.args, about), words)
     state.args.flags = flags | {"learning_rate": 1.0}

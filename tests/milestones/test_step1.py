@@ -3,6 +3,7 @@
 import numpy_llama
 import pytest
 import workers_step1 as workers
+import workers_step1_optimizers as optimizers
 import workers_step1_pages as pages
 from harness import World
 from launch import launch
@@ -95,6 +96,12 @@ def test_the_batch(step_dir, worlds):
     worlds(step_dir, 1).run(first_batch)
 
 
+IN_THE_STEP_BEFORE = (
+    ". Up to here all was right, so look at what train_step does with the gradients: "
+    "clip_gradients, the learning rate, the update, zero_grad, in the order of the lesson"
+)
+
+
 @pytest.mark.milestone(1, 6)
 def test_three_steps(step_dir, train_on):
     """Weights, losses and norms beside those of a Llama and an AdamW in NumPy."""
@@ -118,7 +125,7 @@ def test_three_steps(step_dir, train_on):
         for name, (value, meaning) in due.items():
             assert found[name] == pytest.approx(value, rel=1e-10), (
                 f"{name} of step {place + 1} is {found[name]}, {found[name] / value:.4g} times "
-                f"what it should be: {value}, {meaning}"
+                f"what it should be: {value}, {meaning}{IN_THE_STEP_BEFORE if place else ''}"
             )
         for name, gradient in gradients.items():
             what = f"the gradient of {name}, before clipping, at step {place + 1}"
@@ -175,10 +182,25 @@ def test_the_file_of_metrics(step_dir, worlds, tmp_path):
 
 
 @pytest.mark.milestone(1, 9)
-def test_a_full_disk(step_dir, worlds):
+def test_a_full_disk(step_dir, worlds, tmp_path):
     worlds(step_dir, 1).run(pages.full_disk)
+    worlds(step_dir, 1).run(pages.room_for_a_part, str(tmp_path / "metrics.jsonl"))
 
 
 @pytest.mark.milestone(1, 10)
 def test_what_is_reported_of_a_step(step_dir, worlds, tmp_path):
     worlds(step_dir, 1).run(pages.metrics, str(tmp_path / "metrics.jsonl"))
+
+
+# --- 11. and 12. OPTIMIZERS.md --------------------------------------------------------------------
+
+
+@pytest.mark.milestone(1, 11)
+def test_the_learning_rate(step_dir, worlds):
+    worlds(step_dir, 1).run(optimizers.learning_rates)
+
+
+@pytest.mark.milestone(1, 12)
+def test_another_optimizer(step_dir, worlds):
+    worlds(step_dir, 1).run(optimizers.chosen)
+    worlds(step_dir, 1).run(optimizers.refused)

@@ -22,6 +22,11 @@ def test_a_slice_of_a_weight(step_dir, worlds, dim, length):
 
 
 @pytest.mark.milestone(4, 1)
+def test_a_sum_over_its_input_is_told_to_autograd(step_dir, worlds):
+    worlds(step_dir, 2).run(step4_layers.sum_over_its_input, timeout=20)
+
+
+@pytest.mark.milestone(4, 1)
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_layer_cut_by_input_features(step_dir, worlds, size):
     worlds(step_dir, size).run(step4_layers.row_parallel, False, timeout=20)

@@ -149,6 +149,17 @@ def test_tied_embeddings_on_three_stages(step_dir, worlds, train_on):
 
 
 @pytest.mark.milestone(7, 5)
+def test_tied_embeddings_with_zero1(step_dir, worlds, train_on):
+    hint = (
+        "Without dp it is right. Does forward_backward in train.py call sum_shared_gradients when "
+        "the sums of the engine have come, after finish_gradients?"
+    )
+    tied = "--tie_word_embeddings yes "
+    flags = f"{FOUR}{tied}--pp_size 2 --dp_size 2 --dp_engine zero1 --gradient_accumulation_steps 2"
+    same_layout(step_dir, worlds, train_on, 4, flags, ONE + tied, hint)
+
+
+@pytest.mark.milestone(7, 5)
 def test_zero3_in_a_pipeline(step_dir, worlds, train_on):
     hints = {
         "grad_norm of step": "With zero3 a rank has shards of the gradients: does the group in "

@@ -1,8 +1,11 @@
 """What the checks of step 1's further pages run: the kernels and the reports."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy_llama
 from same import same
@@ -78,14 +81,44 @@ def metrics_file(path):
             file.write({"step": step, "loss": 0.1})
             lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
             due = [{"step": step, "loss": 0.1} for step in range(1, step + 1)]
-            assert lines == due, f"after step {step} the file holds {lines}; a line a step is due"
+            assert lines == due, (
+                f"MetricsFile: after step {step} the file holds {lines}; a line a step is due, and "
+                "none of the run before"
+            )
         file.close()
-    assert refused(path, flags | {"seed": 2}), "another run would write over these lines"
+    for other in (flags | {"seed": 2}, flags | {"device": "cpu"}, {"metrics_file": path}):
+        assert refused(path, other), (
+            f"same_flags: a run of {other} would write over the lines of a run of {flags}"
+        )
     kept = Path(path).read_text()
     Path(path).write_text("notes of mine\n")
     assert refused(path, flags), "a file that holds something else would be lost"
     Path(path).write_text(kept[:-9])  # as a run leaves it that was killed
     assert refused(path, flags) is None, "a last line that is cut off is no reason to refuse"
+
+
+def room_for_a_part(path):
+    """Lines on a disk that has room for one and a half, until someone makes more."""
+    import resource
+
+    from metrics_file import MetricsFile
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    file = MetricsFile(path, {})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (18, limits[1]))  # bytes; a line of these has 12
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # of the tests, which is a file, too
+            file.write({"step": 1})
+            file.write({"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    file.write({"step": 3})
+    file.close()
+    found, due = Path(path).read_bytes(), b"".join(b'{"step": %d}\n' % n for n in (1, 2, 3))
+    assert found == due, (
+        f"MetricsFile.write: half of line 2 found no room at first; later the file has {found}. "
+        "What write returns is how many bytes went out; the rest of waiting goes with the next call"
+    )
 
 
 def full_disk():
@@ -106,14 +139,23 @@ def full_disk():
 def metrics(path):
     import torch
 
-    from metrics import Metrics, flops_per_token, peak_memory_gb, readable
+    from metrics import Metrics, flops_per_token, peak_flops, peak_memory_gb, readable
 
     model = SimpleNamespace(parameter_count=1000, model=SimpleNamespace(config=config_of()))
     due = 6 * 1000 + 12 * 2 * 16 * 128
     found = flops_per_token(model, 128)
     assert found == due, f"flops_per_token is {found}; 6 N + 12 L h s are {due}"
     memory = peak_memory_gb(torch.device("cpu"))
-    assert 0.01 < memory < 1000, f"{memory} GB are no size of this process"
+    assert 0.01 < memory < 1000, f"peak_memory_gb: {memory} GB are no size of this process"
+    for name, due in (
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 80GB HBM3", 989.5e12),
+        ("Another GPU", None),
+    ):
+        with patch.object(torch.cuda, "get_device_name", lambda *_, name=name: name):
+            found = peak_flops(torch.device("cuda"))
+        assert found == due, f"peak_flops of a GPU called {name} is {found}; it should be {due}"
+    assert peak_flops(torch.device("cpu")) is None, "peak_flops of a CPU should be None"
     args = SimpleNamespace(metrics_file=path, use_wandb=False, run_name=None, flags={})
     report = Metrics(args, torch.device("cpu"), 2e9)
     report.peak = 1e12  # as if it were known

@@ -1,5 +1,6 @@
 """What the checks of step 3's loader, tokens and loss run in its processes."""
 
+import hashlib
 import math
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -72,6 +73,14 @@ def order():
             "there once"
         )
     what = "Order.sequence:"
+    for number, epoch in enumerate(epochs):
+        digest = hashlib.sha256(f"3 epoch {number}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+        due = torch.randperm(10, generator=generator).tolist()
+        assert epoch == due, (
+            f"{what} epoch {number} of seed 3 has the order {epoch}; by the rule in its docstring "
+            f"it has {due}. Any order would train as well, but then the losses are not ours"
+        )
     assert list(range(10)) not in epochs, f"{what} an epoch is in the text's order, not shuffled"
     assert epochs[0] != epochs[1], f"{what} two epochs have one order: put the epoch into the seed"
     torch.manual_seed(1)
@@ -177,7 +186,7 @@ def held_out():
     )
     words = "dataset_name", "seq_len", "micro_batch_size"
     refused(lambda: batches(TOKENS[:50]), *words, by=init[:-1])
-    refused(lambda: batches(train, apart[:10]), "10 tokens for validation", by=init[:-1])
+    refused(lambda: batches(train, apart[:10]), "10 tokens", by=init[:-1])
 
 
 def splits():
@@ -218,14 +227,15 @@ def ahead():
     def watched(function, name):
         return lambda *args: (events.append(name), function(*args))[1]
 
-    data.load, data.split = watched(data.load, "a new loader"), watched(data.split, "load")
+    data.load, data.split = watched(data.load, "load"), watched(data.split, "split")
     for step in (0, 1):
         for _ in data.micro_batches(step):
             events.append("compute")
-    due = ["a new loader", "load", *4 * ["compute", "load"]]
+    due = ["load", "split", *4 * ["compute", "split"]]
     assert events == due, (
-        f"Batches.micro_batches: two steps of two do {events}; it should be {due}: one loader for "
-        "all, and the next one is loaded as soon as the device has been given the one before"
+        f"Batches.micro_batches: two steps of two do {events}; it should be {due}: `load` once "
+        "for all steps, and `split` of the next micro-batch, which copies it to the device, when "
+        "the caller asks for more: so the first one of a step is ready when the step before ends"
     )
 
 
@@ -340,7 +350,7 @@ def of_a_step():
         micro_batches=lambda step: (asked.append(step), iter(parts))[1],
         evaluation=lambda: iter(parts),
     )
-    args = SimpleNamespace(tokens_per_step=12, seq_len=3, learning_rate=1.0)
+    args = SimpleNamespace(tokens_per_step=12, seq_len=3, learning_rate=1.0, warmup_steps=2)
     state = state_of(model, data=data, args=args)
     state.step = 5
     due = sum(model(*part) for part in parts) / 12
