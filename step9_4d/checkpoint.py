@@ -55,9 +55,10 @@ def choose_checkpoint(args):
     args.auto, args.found, args.damaged = args.resume == "auto", [], []
     args.resumed, args.lock = None, None
     if args.checkpoint_dir is None:
-        if args.save_every is not None or args.auto:
-            flag = "--save_every" if args.save_every is not None else "--resume auto"
-            raise UserError(f"{flag} without a --checkpoint_dir: name one")
+        needs = {"--save_every": args.save_every, "--keep_every": args.keep_every}
+        for flag, given in (needs | {"--resume auto": args.auto or None}).items():
+            if given is not None:
+                raise UserError(f"{flag} without a --checkpoint_dir: name one")
     else:
         what, remedy = f"--checkpoint_dir {args.checkpoint_dir}", "name a directory to write to"
         try:
@@ -163,7 +164,7 @@ def save_if_due(state):
 
 
 def save(state):
-    """Save the run as it is after a step, and delete what `--keep_last` does not keep.
+    """Save the run as it is after a step, and delete what no flag keeps.
 
     If a rank dies meanwhile, what is there is a hidden directory, which the next save removes.
     Raises UserError if there are numbers that are not finite, if the hosts share no directory, or
@@ -223,7 +224,7 @@ def complete(state, files, aside):
     if args.lock is not None:
         args.lock.check()
     run_directory.complete(aside, directory, state.step)
-    run_directory.keep(directory, args.keep_last, args.damaged)
+    run_directory.keep(directory, args.keep_last, args.keep_every, args.damaged)
     if state.stop:
         (directory / "RESUME").write_text(run_directory.name_of(state.step) + "\n")
 

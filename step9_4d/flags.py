@@ -85,6 +85,7 @@ def parse_args(argv):
     parser.add_argument("--checkpoint_dir", help="checkpoints of this run go here")
     parser.add_argument("--save_every", type=positive_int, help="steps; always at the end")
     parser.add_argument("--keep_last", type=positive_int, default=3, help="older ones are deleted")
+    parser.add_argument("--keep_every", type=positive_int, help="steps; these are not deleted")
     parser.add_argument("--resume", help="auto: the latest, if there is one; or a directory")
     parser.add_argument("--load_hf", help="start from a Hugging Face directory")
     parser.add_argument("--save_hf", help="write one at the end")

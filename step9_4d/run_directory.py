@@ -182,10 +182,11 @@ def own(directory):
     return found
 
 
-def keep(directory, count, kept=()):
-    """Delete all but the last `count` of our own checkpoints, and those in `kept`."""
-    for path in own(directory)[:-count]:
-        if path not in kept:
+def keep(directory, last, every=None, kept=()):
+    """Delete our own checkpoints, save the `last`, one `every` so many steps, and `kept`."""
+    for path in own(directory)[:-last]:
+        step = int(path.name.removeprefix("step_"))
+        if path not in kept and (every is None or step % every):
             delete(path)
 
 

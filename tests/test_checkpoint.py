@@ -131,6 +131,14 @@ def test_the_last_ones_are_kept(step_dir, worlds, tmp_path):
     assert max(sizes) < 1.2 * min(sizes), "one rank writes more than its share"
 
 
+def test_one_every_so_many_steps_is_kept(step_dir, worlds, tmp_path):
+    run = tmp_path / "run"
+    argv = SHAPE + f"--max_tokens {7 * 8 * 32} " + batch("")
+    argv += f"--checkpoint_dir {run} --save_every 1 --keep_last 1 --keep_every 3"
+    train(worlds, step_dir, argv)
+    assert names_in(run) == [f"step_{step:08d}" for step in (3, 6, 7)]
+
+
 @pytest.fixture(scope="module")
 def saved(step_dir, worlds, tmp_path_factory):
     """(directory, flags) of a run of one process with checkpoints of steps 2 and 4."""
@@ -166,6 +174,7 @@ def test_a_run_that_is_another_one_is_refused(step_dir, worlds, saved, flags, wo
     [
         ("--save_every 2", ("--save_every", "--checkpoint_dir")),
         ("--resume auto", ("--resume auto", "--checkpoint_dir")),
+        ("--keep_every 2", ("--keep_every", "--checkpoint_dir")),
         ("--checkpoint_dir /dev/null/run", ("--checkpoint_dir /dev/null/run", "name a directory")),
         ("--checkpoint_dir /dev/null", ("--checkpoint_dir /dev/null: File", "name a directory")),
     ],

@@ -251,13 +251,21 @@ def whose(folder):
     mine[1].symlink_to(archive)
     found = [path.name for path in rd.own(here)]
     assert found == [path.name for path in mine], f"own finds {found}: only what has our run's id"
-    rd.keep(here, 1, [mine[0]])
+    rd.keep(here, 1, kept=[mine[0]])
     there = sorted(path.name for path in here.iterdir() if path.name[0] != ".")
     due = [foreign.name, mine[0].name, "step_00000002_good", mine[3].name]
     assert there == due, (
         f"after keep(…, 1, kept=[{mine[0].name}]) there are {there}; {due} should be: our own but "
         "for the last one and those in `kept` are deleted"
     )
+    spaced = folder / "spaced"
+    spaced.mkdir()
+    rd.run_id(spaced)
+    for step in range(1, 8):
+        written(spaced, step)
+    rd.keep(spaced, 1, 3)
+    there = [int(path.name[5:]) for path in rd.own(spaced)]
+    assert there == [3, 6, 7], f"after keep(…, 1, 3) of steps 1 to 7 there are {there}, not 3, 6, 7"
     content = archive / "checkpoint.json"
     assert content.exists(), "delete: of a link only the link may be deleted, not what it leads to"
     found = rd.write_tokenizer("bytes", here)
