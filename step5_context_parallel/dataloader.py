@@ -24,16 +24,18 @@ class Windows(Dataset):
 
     Neighbours share one token, the last target of the one and the first input of the other: each
     token is predicted once, but for the very first and a rest at the end that fills no window.
+    With a stride they share so many more, which are predicted again.
     """
 
-    def __init__(self, tokens, seq_len):
-        self.tokens, self.seq_len = tokens, seq_len
+    def __init__(self, tokens, seq_len, stride=0):
+        self.tokens, self.seq_len, self.hop = tokens, seq_len, seq_len - stride
+        self.overlapping = -(-seq_len // self.hop) - 1  # so many neighbours share more than one
 
     def __len__(self):
-        return max(0, (len(self.tokens) - 1) // self.seq_len)
+        return max(0, (len(self.tokens) - 1 - self.seq_len) // self.hop + 1)
 
     def __getitem__(self, index):  # [seq + 1]
-        start = index * self.seq_len
+        start = index * self.hop
         window = self.tokens[start : start + self.seq_len + 1]
         return torch.from_numpy(window.astype("int64"))
 
@@ -84,13 +86,14 @@ class Batches:
         self.device = device
         self.micro_batch_size = args.micro_batch_size
         self.micro_batches_a_step = args.gradient_accumulation_steps
-        self.windows = Windows(tokens, args.seq_len)
-        training = len(self.windows)
+        self.windows = Windows(tokens, args.seq_len, args.stride)
+        training = first = len(self.windows)  # the first one that is held out
         if validation is None:
-            held_out = max(1, training // 64)
-            training -= held_out
+            held_out = max(1, first // 64)
+            first -= held_out
+            training = first - self.windows.overlapping
         else:
-            apart = Windows(validation, args.seq_len)
+            apart = Windows(validation, args.seq_len, args.stride)
             held_out, self.windows = len(apart), ConcatDataset([self.windows, apart])
         name = f"--dataset_name {shown(args.dataset_name)}"
         if not held_out:
@@ -109,7 +112,7 @@ class Batches:
         self.order = Order(training, batch_size, args.seed)
         at_most = min(held_out, HELD_OUT_SEQUENCES, HELD_OUT_TOKENS // args.seq_len)
         count = max(1, at_most // batch_size) * batch_size
-        self.held_out = [training + row * held_out // count for row in range(count)]
+        self.held_out = [first + row * held_out // count for row in range(count)]
         self.positions = positions.to(device)  # [seq / cp]
         workers = {"num_workers": args.num_workers}
         if args.num_workers:

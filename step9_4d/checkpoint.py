@@ -87,7 +87,7 @@ def choose_checkpoint(args):
 def compare(args, about):
     """Raise UserError, with both values, where a checkpoint's run is not this one."""
     there, here = {**args.flags, **about["flags"]}, args.flags  # an older one may lack a flag
-    same = ("seed", "seq_len", "optimizer", "optimizer_args")
+    same = ("seed", "seq_len", "stride", "optimizer", "optimizer_args")
     pairs = [(f"--{name}", there[name], here[name]) for name in same]
     batch = ["micro_batch_size", "gradient_accumulation_steps", "dp_size"]
     pairs.append((

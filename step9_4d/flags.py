@@ -46,6 +46,9 @@ def parse_args(argv):
     parser.add_argument("--dataset_config", help="of a data set on the hub")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--tokenizer_name", help="bytes, directory or hub id; default: the model's")
+    parser.add_argument(
+        "--stride", type=non_negative_int, default=0, help="tokens that windows share"
+    )
     parser.add_argument("--num_proc", type=positive_int, default=1, help="tokenising processes")
     parser.add_argument("--num_workers", type=non_negative_int, default=0, help="loading processes")
     # batch and optimizer
@@ -117,6 +120,8 @@ def parse_args(argv):
     check_pipeline_parallel(args)
     check_interleaved(args)
     local_files(args.dataset_name)  # raises for a path that is not there
+    if args.stride >= args.seq_len:
+        raise UserError(f"--stride {args.stride}: choose less than --seq_len {args.seq_len}")
     sequences = args.micro_batch_size * args.gradient_accumulation_steps * args.dp_size
     args.tokens_per_step = sequences * args.seq_len
     args.total_steps = -(-args.max_tokens // args.tokens_per_step)  # rounded up

@@ -66,6 +66,7 @@ STEP3 = {
     "--tokenizer_name nobody/nothing --dataset_name {tmp}/a.txt": ("--tokenizer_name", "bytes"),
     "--vocab_size 100 --dataset_name {tmp}/a.txt": ("--vocab_size 100", "bytes", "id 121"),
     "--seq_len 50000000": ("python-stdlib", "0 training sequences", "--seq_len 50000000"),
+    "--seq_len 64 --stride 64": ("--stride 64", "--seq_len 64"),
     "--gradient_accumulation_steps 0": ("--gradient_accumulation_steps", "1 or more"),
     "--learning_rate 1e39 --max_tokens 512": ("held-out loss nan at step 1", "--learning_rate"),
 }

@@ -15,7 +15,7 @@ TOKENS = np.arange(1000, dtype=np.uint16)  # 99 windows of 10 + 1: 98 for traini
 def arguments(**other):
     """What `Batches` reads of the command line."""
     fields = {"seq_len": 10, "micro_batch_size": 4, "gradient_accumulation_steps": 1}
-    rest = {"seed": 3, "num_workers": 0, "dataset_name": "random"}
+    rest = {"seed": 3, "num_workers": 0, "dataset_name": "random", "stride": 0}
     return SimpleNamespace(**(fields | rest | other))
 
 
@@ -45,6 +45,17 @@ def windows():
             f"Windows.__len__: {tokens} tokens give {found} windows of --seq_len 5; it should be "
             f"{count}: each one takes 5 tokens, and the last one needs one more as its last target"
         )
+    for tokens, count in ((5, 0), (6, 1), (8, 1), (9, 2), (12, 3)):
+        found = len(Windows(TOKENS[:tokens], 5, 2))
+        assert found == count, (
+            f"Windows.__len__: {tokens} tokens give {found} windows of --seq_len 5 --stride 2; it "
+            f"should be {count}: each one begins 3 tokens after the one before"
+        )
+    found = Windows(TOKENS, 5, 2)[2].tolist()
+    assert found == [6, 7, 8, 9, 10, 11], (
+        f"Windows.__getitem__(2) with --seq_len 5 --stride 2 is {found}; it should begin with "
+        "token 6, two times 3"
+    )
     made = Windows(TOKENS, 5)
     for index in (0, 1, 7):
         window, due = made[index], list(range(5 * index, 5 * index + 6))
@@ -178,6 +189,12 @@ def held_out():
             f"{len(due)}, whole batches of {size} and at most HELD_OUT_SEQUENCES, spread evenly "
             f"from {due[0]} to {due[-1]}"
         )
+    near = batches(np.arange(6401, dtype=np.uint16), micro_batch_size=1, stride=8)
+    first, last = 2 * min(near.held_out), 2 * (near.order.count - 1) + 10
+    assert first == last, (
+        f"{init} with --seq_len 10 --stride 8 training reads up to token {last}, and the first "
+        f"held-out window begins with token {first}; they may share that one, and no more"
+    )
     train, apart = TOKENS, np.arange(5000, 5101, dtype=np.uint16)
     named = batches(train, apart, micro_batch_size=3)
     assert named.order.count == 99 and set(starts(named.evaluation())) <= set(range(500, 510)), (
