@@ -77,7 +77,8 @@ def main():
         found = measure(options.runs, options.after, options.flags, options.dtype)
     except AssertionError as error:  # of a rank, or of weights that are no numbers
         words = str(error).strip()
-        sys.exit(f"error: {words.partition('errors.UserError: ')[2] or words}")
+        line = words.partition("errors.UserError: ")[2].partition("\n")[0]  # and its traceback
+        sys.exit(f"error: {line or words}")
     print(f"{options.dtype}, {machine()}, after {options.after} steps\n")
     for number, run in enumerate(options.runs, 1):
         print(f"{number}. {run}")
