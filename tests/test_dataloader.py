@@ -216,18 +216,18 @@ def test_the_last_64th_is_held_out(step_dir, worlds):
     assert sorted(held_out) == list(range(630, 640))
 
 
-@pytest.mark.parametrize("stride, hop", [(2, 8), (5, 5), (7, 3), (9, 1)])
+@pytest.mark.parametrize("stride, hop", [(2, 8), (7, 3), (9, 1)])
 def test_windows_share_as_many_tokens_as_the_stride_says(step_dir, worlds, stride, hop):
     """And training shares with what is held out no more than the one token that it always does."""
-    tokens = np.arange(11 + 639 * hop, dtype=np.uint16)  # 640 windows, and no token more
+    tokens = np.arange(11 + 127 * hop, dtype=np.uint16)  # 128 windows, and no token more
     argv = f"--seq_len 10 --micro_batch_size 1 --stride {stride}"
     ((steps, held_out, count),) = worlds(step_dir, 1).run(
-        workers_data.batches_of, argv, tokens, range(630)
+        workers_data.batches_of, argv, tokens, range(126)
     )
     epoch = np.concatenate(steps)[:count]
     assert sorted(epoch[:, 0]) == [place * hop for place in range(count)]
-    assert min(held_out[:, 0]) == 630 * hop
-    assert epoch.max() <= 630 * hop < epoch.max() + hop
+    assert min(held_out[:, 0]) == 126 * hop
+    assert epoch.max() <= 126 * hop < epoch.max() + hop
 
 
 def test_a_text_for_validation_is_held_out_and_nothing_else(step_dir, worlds):
