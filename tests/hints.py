@@ -88,7 +88,8 @@ def hint(item, ours, level):
         used = f"\n\nOur lines call {', '.join(f'`{n}`' for n in names)}." if names else ""
         return item.explanation + used
     parts = []
-    for piece in item.pieces:
+    pieces = [p for p in item.pieces if level == 3 or p.name not in ("docstring", "imports")]
+    for piece in pieces or item.pieces:
         lines = piece.text if level == 3 else outline(piece, ours)
         language = "diff" if piece.kind == "diff" and level == 3 else "python"
         parts.append(f"`{piece.file}`:\n\n```{language}\n{lines}\n```")
