@@ -146,6 +146,8 @@ def sketch(node, lines):
         return f"return …{by}" if node.value else "return"
     if isinstance(node, ast.Expr):
         return f"…{by}"
+    if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+        return f"raise {called(node.exc)}(…)"
     return lines[node.lineno - 1].strip()  # the head of a loop, a condition, a function
 
 
