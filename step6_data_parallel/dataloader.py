@@ -29,7 +29,8 @@ class Windows(Dataset):
 
     def __init__(self, tokens, seq_len, stride=0):
         self.tokens, self.seq_len, self.hop = tokens, seq_len, seq_len - stride
-        self.overlapping = -(-seq_len // self.hop) - 1  # so many neighbours share more than one
+        # So many of the windows before one share more than one token with it.
+        self.overlapping = -(-seq_len // self.hop) - 1
 
     def __len__(self):
         return max(0, (len(self.tokens) - 1 - self.seq_len) // self.hop + 1)

@@ -6,8 +6,9 @@ import process_group as pg
 
 
 def build_optimizer(parameters, args):
-    """AdamW, or another one, with decay on matrices only: a smaller norm weight shrinks its layer.
+    """The optimizer of `--optimizer`, by default AdamW.
 
+    Only matrices decay. A norm's weight would shrink, and its layer with it.
     Source: AdamW (arXiv:1711.05101), algorithm 2.
     """
     matrices = [p for p in parameters if len(p.full_shape) >= 2]
