@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 
 import process_group as pg
-from corpus import load_tokens
 from dataloader import Batches
 from flags import DTYPES, parse_args
+from held_out import held_out_metrics, readable_held_out
 from learning_rate import learning_rate_at
 from ledger import communication_ledger
 from metrics import Metrics, flops_per_token, peak_memory_gb
+from mixes import batches, load_texts, parts_of
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm
 from started import together, world_size
@@ -43,7 +44,7 @@ def setup(args):
     device = pg.init_processes(args.device)
     mesh = pg.Mesh(dp=world_size())
     # Before the model: it may find a wrong name.
-    tokens, validation = load_tokens(args, mesh.world, device)
+    texts = load_texts(args, mesh.world, device)
 
     with torch.device("meta"):  # no memory yet: a rank will hold only its own part
         model = Llama(args.config, DTYPES[args.dtype], args.activation_checkpointing)
@@ -53,7 +54,7 @@ def setup(args):
 
     parameters = list(model.parameters())
     optimizer = build_optimizer(parameters, args)
-    data = Batches(args, tokens, device, validation)
+    data = batches(texts, device)
     return State(args, device, mesh, model, parameters, optimizer, data)
 
 
@@ -80,18 +81,21 @@ def forward_backward(state):
 
 
 def evaluate(state):
-    """Mean held-out loss, a number. Autograd stays on: compiled layers need no second version.
+    """The held-out loss, {name: number}. Autograd stays on: compiled layers need no second version.
 
     Raises UserError when it is not finite.
     """
-    targets = len(state.data.held_out) * state.args.seq_len
-    loss = mean_loss(state, state.data.evaluation(), targets, backward=False).item()
-    if not math.isfinite(loss):
+    losses = []
+    for part in parts_of(state.data):  # one, or those of a mix
+        targets = len(part.held_out) * state.args.seq_len
+        losses.append(mean_loss(state, part.evaluation(), targets, backward=False).item())
+    found = held_out_metrics(losses, state.data.texts)
+    if not math.isfinite(found["held_out"]):
         raise UserError(
-            f"held-out loss {loss} at step {state.step}: the weights are ruined; lower "
-            f"--learning_rate {state.args.learning_rate}"
+            f"held-out loss {found['held_out']} at step {state.step}: the weights are ruined; "
+            f"lower --learning_rate {state.args.learning_rate}"
         )
-    return loss
+    return found
 
 
 def train_step(state):
@@ -145,7 +149,7 @@ def main(args):
             metrics.log(result)
     held_out = evaluate(state)
     if world.is_first:
-        print(f"held-out loss {held_out:.4f}")
+        print(readable_held_out(held_out))
     pg.from_first(world, metrics.close)
     pg.assert_replicas_equal(state.parameters, state.mesh.group("dp"))
     pg.finish()

@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from errors import UserError
 from files import shown
 
-# An evaluation reads at most so much, or one batch where that is more.
+# Without `--eval_tokens` an evaluation reads at most so much, or one batch where that is more.
 HELD_OUT_SEQUENCES = 256
 HELD_OUT_TOKENS = 2**14
 
@@ -113,8 +113,8 @@ class Batches:
                 f"{group.size}: lower one of these"
             )
         self.order = Order(training, batch_size, args.seed)
-        at_most = min(held_out, HELD_OUT_SEQUENCES, HELD_OUT_TOKENS // args.seq_len)
-        count = max(1, at_most // batch_size) * batch_size
+        at_most = args.eval_tokens or min(HELD_OUT_SEQUENCES * args.seq_len, HELD_OUT_TOKENS)
+        count = max(1, min(held_out, at_most // args.seq_len) // batch_size) * batch_size
         self.held_out = [first + row * held_out // count for row in range(count)]
         self.positions = positions.to(device)  # [seq / cp]
         workers = {"num_workers": args.num_workers}

@@ -34,7 +34,7 @@ from token_cache import (
     write_tokens,
 )
 
-FORMAT = 2  # of the cache: another number makes all texts be tokenised anew
+FORMAT = 3  # of the cache: another number makes all texts be tokenised anew
 BATCH = 2**18  # characters to tokenise at a time
 
 
@@ -189,17 +189,26 @@ def tokenise(parts, tokenizer, num_proc, folder):
     encode = partial(
         encode_batch, ids_of=encoder(tokenizer), end=[tokenizer.eos_token_id], dtype=dtype
     )
-    digest, about = hashlib.sha256(), {"largest_id": 0}
+    digest, about = hashlib.sha256(), {"largest_id": 0, "bytes": {}}
     for (field, name), texts in zip(FILES.items(), parts, strict=True):
         about[field] = None
         if texts is not None:
             bar = {"total": texts.size, "unit": texts.unit, "unit_scale": True}
             with tqdm(desc="tokenising", disable=None, **bar) as progress:
-                batches = cut_batches(slices(texts.pieces(progress.update)))
+                found = counted(slices(texts.pieces(progress.update)), about["bytes"], field)
+                batches = cut_batches(found)
                 arrays = in_processes(num_proc, encode, batches)
                 about[field], largest = write_tokens(arrays, folder / name, dtype, digest)
             about["largest_id"] = max(about["largest_id"], largest)
     return {**about, "sha256": digest.hexdigest()}
+
+
+def counted(found, sizes, field):
+    """The same slices; their bytes in UTF-8 go to sizes[field]."""
+    sizes[field] = 0
+    for text, ends in found:
+        sizes[field] += len(text.encode())
+        yield text, ends
 
 
 def cut_batches(found):

@@ -62,7 +62,7 @@ def read_about(folder):
                 digest.update(tokens)
     except Exception:  # a damaged header can make NumPy raise anything
         return None
-    whole = {"notes", "largest_id", "tokenizer", *FILES} <= about.keys()
+    whole = {"notes", "largest_id", "tokenizer", "bytes", *FILES} <= about.keys()
     return about if whole and about.get("sha256") == digest.hexdigest() else None
 
 

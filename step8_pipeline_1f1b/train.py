@@ -13,13 +13,14 @@ import torch
 
 import process_group as pg
 from context_parallel import apply_context_parallel, zigzag_positions
-from corpus import load_tokens
 from data_parallel import Naive
 from dataloader import Batches
 from flags import DTYPES, parse_args
+from held_out import held_out_metrics, readable_held_out
 from learning_rate import learning_rate_at
 from ledger import communication_ledger
 from metrics import Metrics, flops_per_token, peak_memory_gb
+from mixes import batches, load_texts, parts_of
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm
 from pipeline_parallel import Stage, apply_pipeline_parallel, sum_shared_gradients
@@ -50,7 +51,7 @@ def setup(args):
     device = pg.init_processes(args.device)
     mesh = pg.Mesh(args.tp_size, args.cp_size, args.dp_size, args.pp_size)
     # Before the model: it may find a wrong name.
-    tokens, validation = load_tokens(args, mesh.world, device)
+    texts = load_texts(args, mesh.world, device)
 
     with torch.device("meta"):  # no memory yet: a rank will hold only its own part
         model = Llama(args.config, DTYPES[args.dtype], args.activation_checkpointing)
@@ -66,7 +67,7 @@ def setup(args):
     parameters = engine.parameters
     optimizer = build_optimizer(parameters, args)
     positions = zigzag_positions(args.seq_len, mesh.group("cp"))
-    data = Batches(args, tokens, device, positions, mesh.group("dp"), validation)
+    data = batches(texts, device, positions, mesh.group("dp"))
     return State(args, device, mesh, model, engine, stage, parameters, optimizer, data)
 
 
@@ -90,18 +91,21 @@ def forward_backward(state):
 
 
 def evaluate(state):
-    """Mean held-out loss, a number. Autograd stays on: compiled layers need no second version.
+    """The held-out loss, {name: number}. Autograd stays on: compiled layers need no second version.
 
     Raises UserError when it is not finite.
     """
-    targets = len(state.data.held_out) * state.args.seq_len
-    loss = mean_loss(state, state.data.evaluation(), targets, backward=False).item()
-    if not math.isfinite(loss):
+    losses = []
+    for part in parts_of(state.data):  # one, or those of a mix
+        targets = len(part.held_out) * state.args.seq_len
+        losses.append(mean_loss(state, part.evaluation(), targets, backward=False).item())
+    found = held_out_metrics(losses, state.data.texts)
+    if not math.isfinite(found["held_out"]):
         raise UserError(
-            f"held-out loss {loss} at step {state.step}: the weights are ruined; lower "
-            f"--learning_rate {state.args.learning_rate}"
+            f"held-out loss {found['held_out']} at step {state.step}: the weights are ruined; "
+            f"lower --learning_rate {state.args.learning_rate}"
         )
-    return loss
+    return found
 
 
 def train_step(state):
@@ -158,7 +162,7 @@ def main(args):
     held_out = evaluate(state)
     state.stage.timeline.write(world)
     if world.is_first:
-        print(f"held-out loss {held_out:.4f}")
+        print(readable_held_out(held_out))
     pg.from_first(world, metrics.close)
     pg.finish()
 

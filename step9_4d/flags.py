@@ -17,12 +17,12 @@ from errors import (
     positive_float,
     positive_int,
 )
-from files import local_files
 from huggingface import load_checked_config
 from interleaved import PIPELINE_ENGINES
 from learning_rate import WAYS_DOWN, check_schedule
 from metrics_file import check_metrics_file
 from started import check_world
+from text_names import choose_texts
 from torch_optimizers import choose_optimizer
 from zero import ENGINES
 
@@ -42,13 +42,14 @@ def parse_args(argv):
     parser.add_argument("--vocab_size", type=positive_int)
     parser.add_argument("--tie_word_embeddings", choices=["config", "yes", "no"], default="config")
     # data
-    parser.add_argument("--dataset_name", default="python-stdlib", help="file, folder or hub id")
+    parser.add_argument("--dataset_name", default="python-stdlib", help="file, folder, hub id, mix")
     parser.add_argument("--dataset_config", help="of a data set on the hub")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--tokenizer_name", help="bytes, directory or hub id; default: the model's")
     parser.add_argument(
         "--stride", type=non_negative_int, default=0, help="tokens that windows share"
     )
+    parser.add_argument("--eval_tokens", type=positive_int, help="of a text, at most")
     parser.add_argument("--num_proc", type=positive_int, default=1, help="tokenising processes")
     parser.add_argument("--num_workers", type=non_negative_int, default=0, help="loading processes")
     # batch and optimizer
@@ -110,6 +111,7 @@ def parse_args(argv):
     check_world(args.device, args.tp_size, args.cp_size, args.dp_size, args.pp_size)
     check_compiler(args)
     choose_optimizer(args)
+    choose_texts(args)
 
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     choose_checkpoint(args)
@@ -119,7 +121,6 @@ def parse_args(argv):
     check_tensor_parallel(args)
     check_pipeline_parallel(args)
     check_interleaved(args)
-    local_files(args.dataset_name)  # raises for a path that is not there
     if args.stride >= args.seq_len:
         raise UserError(f"--stride {args.stride}: choose less than --seq_len {args.seq_len}")
     sequences = args.micro_batch_size * args.gradient_accumulation_steps * args.dp_size

@@ -8,6 +8,7 @@ import time
 import torch
 
 from errors import UserError, in_one_line
+from held_out import readable_held_out
 from metrics_file import MetricsFile
 
 # Dense bfloat16 FLOP/s by what the GPU's name contains; from the vendors' data sheets.
@@ -108,7 +109,7 @@ class Metrics:
 def readable(metrics):
     """One line of a step for people."""
     mfu = f" | mfu {metrics['mfu']:.1%}" if metrics["mfu"] is not None else ""
-    held_out = f" | held-out {metrics['held_out']:.4f}" if "held_out" in metrics else ""
+    held_out = f" | {readable_held_out(metrics)}" if "held_out" in metrics else ""
     return (
         f"step {metrics['step']:5d} | loss {metrics['loss']:7.4f}"
         f" | grad norm {metrics['grad_norm']:8.4f} | lr {metrics['learning_rate']:.2e}"

@@ -16,16 +16,17 @@ from casts import shared_casts
 from checkpoint import identity, last_good, listen, load, save_if_due
 from config_file import write_config
 from context_parallel import apply_context_parallel, zigzag_positions
-from corpus import load_tokens
 from data_parallel import Naive
 from dataloader import Batches
 from flags import DTYPES, parse_args
+from held_out import held_out_metrics, readable_held_out
 from huggingface import check_tokenizer, load_hf, save_hf
 from interleaved import build_stage
 from learning_rate import learning_rate_at
 from ledger import communication_ledger
 from lock import alone
 from metrics import Metrics, flops_per_token, peak_memory_gb
+from mixes import batches, load_texts, parts_of
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm
 from pipeline_parallel import Stage, apply_pipeline_parallel, sum_shared_gradients
@@ -59,9 +60,9 @@ def setup(args):
     device = pg.init_processes(args.device)
     mesh = pg.Mesh(args.tp_size, args.cp_size, args.dp_size, args.pp_size)
     # Before the model: it may find a wrong name.
-    tokens, validation = load_tokens(args, mesh.world, device)
+    texts = load_texts(args, mesh.world, device)
     check_tokenizer(args, mesh.world)
-    args.data = identity(tokens)
+    args.data = identity(texts)
     # One checkpoint for all.
     args.resume, args.resumed = pg.from_first(mesh.world, lambda: (args.resume, args.resumed))
 
@@ -82,7 +83,7 @@ def setup(args):
     parameters = engine.parameters
     optimizer = build_optimizer(parameters, args)
     positions = zigzag_positions(args.seq_len, mesh.group("cp"))
-    data = Batches(args, tokens, device, positions, mesh.group("dp"), validation)
+    data = batches(texts, device, positions, mesh.group("dp"))
     state = State(args, device, mesh, model, engine, stage, parameters, optimizer, data)
     if args.resume:
         load(state)
@@ -110,18 +111,21 @@ def forward_backward(state):
 
 
 def evaluate(state):
-    """Mean held-out loss, a number. Autograd stays on: compiled layers need no second version.
+    """The held-out loss, {name: number}. Autograd stays on: compiled layers need no second version.
 
     Raises UserError when it is not finite.
     """
-    targets = len(state.data.held_out) * state.args.seq_len
-    loss = mean_loss(state, state.data.evaluation(), targets, backward=False).item()
-    if not math.isfinite(loss):
+    losses = []
+    for part in parts_of(state.data):  # one, or those of a mix
+        targets = len(part.held_out) * state.args.seq_len
+        losses.append(mean_loss(state, part.evaluation(), targets, backward=False).item())
+    found = held_out_metrics(losses, state.data.texts)
+    if not math.isfinite(found["held_out"]):
         raise UserError(
-            f"held-out loss {loss} at step {state.step}: the weights are ruined; lower "
-            f"--learning_rate {state.args.learning_rate}{last_good(state.args)}"
+            f"held-out loss {found['held_out']} at step {state.step}: the weights are ruined; "
+            f"lower --learning_rate {state.args.learning_rate}{last_good(state.args)}"
         )
-    return loss
+    return found
 
 
 def train_step(state):
@@ -180,7 +184,7 @@ def main(args):
         counting = False
         with metrics.paused():
             if args.eval_every and state.step % args.eval_every == 0 and not state.stop:
-                result["held_out"] = evaluate(state)
+                result |= evaluate(state)
         if world.is_first:
             metrics.log(result)
         with metrics.paused():
@@ -188,7 +192,7 @@ def main(args):
     if not state.stop:
         held_out = evaluate(state)
         if world.is_first:
-            print(f"held-out loss {held_out:.4f}")
+            print(readable_held_out(held_out))
         if args.save_hf:
             save_hf(state, args.save_hf)
     state.stage.timeline.write(world)

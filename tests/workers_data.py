@@ -25,12 +25,16 @@ def tokens_of(argv):
 
 def data_of(argv, tokens, validation=None):
     """The batches of a run that trains on these tokens, and holds out those."""
+    import mixes
     import process_group as pg
     import train
 
     if pg.dist.is_initialized():
         pg.finish()
-    with patch.object(train, "load_tokens", lambda *_: (tokens, validation)):
+    sizes = {"tokens": len(tokens), "held_out": None if validation is None else len(validation)}
+    about = {**sizes, "sha256": "0" * 64, "bytes": sizes}  # a byte a token
+    texts = lambda args, *_: [mixes.Text(args, 1, tokens, validation, about)]  # noqa: E731
+    with patch.object(train, "load_texts", texts):
         return build(argv + " --num_hidden_layers 1").data
 
 
@@ -115,7 +119,7 @@ def evaluated(argv):
     tokens, targets, _ = zip(*state.data.evaluation(), strict=True)
     weights = {p.global_name: p.detach().numpy() for p in state.model.parameters()}
     both = torch.cat(tokens).numpy(), torch.cat(targets).numpy()
-    return train.evaluate(state), weights, state.args.config, *both
+    return train.evaluate(state)["held_out"], weights, state.args.config, *both
 
 
 def held_out_loss_of_ruined(argv):

@@ -114,7 +114,7 @@ def trained_and_evaluated(argv):
     import train
 
     state = build(argv)
-    losses = [train.evaluate(state)]
+    losses = [train.evaluate(state)["held_out"]]
     for _ in range(2):
-        losses += [train.train_step(state)["loss"], train.evaluate(state)]
+        losses += [train.train_step(state)["loss"], train.evaluate(state)["held_out"]]
     return losses

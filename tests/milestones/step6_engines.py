@@ -85,7 +85,7 @@ def sequences(micro_batches, alone):
         group = pg.Mesh(dp=group.size).group("tp")  # a group of one
     args = SimpleNamespace(
         micro_batch_size=2, gradient_accumulation_steps=micro_batches, seq_len=3, seed=1,
-        num_workers=0, dataset_name="random", stride=0,
+        num_workers=0, dataset_name="random", stride=0, eval_tokens=None,
     )  # fmt: skip
     tokens = np.arange(1000, dtype=np.uint16)
     data = Batches(args, tokens, torch.device("cpu"), torch.arange(3), group)

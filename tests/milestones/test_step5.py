@@ -149,7 +149,7 @@ def parts_of_a_sequence(size):
     tokens = np.arange(1000, dtype=np.uint16)  # a token says where it stands
     args = SimpleNamespace(
         seq_len=4 * size, micro_batch_size=2, gradient_accumulation_steps=1, seed=1, num_workers=0,
-        dataset_name="numbers", stride=0,
+        dataset_name="numbers", stride=0, eval_tokens=None,
     )  # fmt: skip
     every = []
     for rank in range(size):

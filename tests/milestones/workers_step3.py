@@ -15,7 +15,7 @@ TOKENS = np.arange(1000, dtype=np.uint16)  # 99 windows of 10 + 1: 98 for traini
 def arguments(**other):
     """What `Batches` reads of the command line."""
     fields = {"seq_len": 10, "micro_batch_size": 4, "gradient_accumulation_steps": 1}
-    rest = {"seed": 3, "num_workers": 0, "dataset_name": "random", "stride": 0}
+    rest = {"seed": 3, "num_workers": 0, "dataset_name": "random", "stride": 0, "eval_tokens": None}
     return SimpleNamespace(**(fields | rest | other))
 
 
@@ -362,10 +362,13 @@ def of_a_step():
 
     parts, asked = micro_batches_of(2, 2), []
     weight, model = toy()
+    text = SimpleNamespace(part=1, bytes_per_token=2, args=None)
     data = SimpleNamespace(
         held_out=range(6),
-        micro_batches=lambda step: (asked.append(step), iter(parts))[1],
         evaluation=lambda: iter(parts),
+        mixed=[],
+        texts=[text],
+        micro_batches=lambda step: (asked.append(step), iter(parts))[1],
     )
     args = SimpleNamespace(tokens_per_step=12, seq_len=3, learning_rate=1.0, warmup_steps=2)
     state = state_of(model, data=data, args=args)
@@ -376,11 +379,18 @@ def of_a_step():
     expected = torch.autograd.grad(due, weight)[0]
     same(weight.grad, expected, "the gradient of forward_backward", "that of the mean")
     weight.grad = None
-    found = train.evaluate(state)
+    found = train.evaluate(state)["held_out"]
     due = due.item() * 12 / 18
     assert isinstance(found, float) and math.isclose(found, due, rel_tol=1e-12), (
         f"evaluate: the held-out loss is {found!r}; it should be the number {due}: the sum "
         "divided by the targets of all held-out sequences, len(held_out) x seq_len"
+    )
+    text.args, data.mixed = SimpleNamespace(dataset_name="a"), [data, data]
+    data.texts = [text, SimpleNamespace(part=3, bytes_per_token=2, args=text.args)]
+    both = train.evaluate(state)["held_out"]
+    assert math.isclose(both, due, rel_tol=1e-12), (
+        f"evaluate: two equal texts have the held-out loss {both!r} together, not {due}: take the "
+        "loss of each of `parts_of(data)` by itself, and hand the list to held_out_metrics"
     )
     assert weight.grad is None, "evaluate must leave no gradient"
     with torch.no_grad(), patch.object(state, "model", lambda *_: torch.tensor(math.nan)):

@@ -27,6 +27,7 @@ def write(folder, values=(300, 1, 2)):
         arrays = [np.array(values[:1], np.uint16), np.array(values[1:], np.uint16)]
         count, largest = write_tokens(iter(arrays), part / FILES["tokens"], np.uint16, digest)
         about = {"tokens": count, "held_out": None, "largest_id": largest, "notes": []}
+        about["bytes"] = {"tokens": count}
         about |= {"tokenizer": "bytes", "sha256": digest.hexdigest()}
         (part / "about.json").write_text(json.dumps(about))
     return about
