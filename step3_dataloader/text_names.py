@@ -8,6 +8,7 @@ from pathlib import Path
 
 from errors import UserError
 from files import local_files, shown
+from prepared import choose_prepared, read_metadata
 
 WEIGHT = re.compile(r"[0-9]*\.?[0-9]+")
 MIX_BYTES = 2**16  # a JSON file that is larger is a text
@@ -15,18 +16,27 @@ LONGEST_PERIOD = 10_000  # sequences after which a mix repeats
 
 
 def choose_texts(args):
-    """Make `args.texts`, {name: its part of each period}, of `--dataset_name`; raises UserError."""
+    """Make `args.texts`, {name: its part of each period}, of `--dataset_name`; raises UserError.
+
+    Where the texts were prepared, their tokenizer becomes that of the run.
+    """
     weights = weights_of(args.dataset_name)
     for name in weights:
-        local_files(name)  # raises for a path that is not there
+        if read_metadata(name) is None:
+            local_files(name)  # raises for a path that is not there
+    args.texts = parts_of(choose_prepared(args, weights), args.dataset_name)
+
+
+def parts_of(weights, name):
+    """{name of a text: how many sequences of each period}; raises UserError for odd weights."""
     shares = [weight / sum(weights.values()) for weight in weights.values()]
     period = math.lcm(*(share.denominator for share in shares))
     if period > LONGEST_PERIOD:
         raise UserError(
-            f"--dataset_name {shown(args.dataset_name)}: with these weights a mix repeats only "
-            f"after {period} sequences, and {LONGEST_PERIOD} are the most: give them fewer digits"
+            f"--dataset_name {shown(name)}: with these weights a mix repeats only after {period} "
+            f"sequences, and {LONGEST_PERIOD} are the most: give them fewer digits"
         )
-    args.texts = dict(zip(weights, (int(share * period) for share in shares), strict=True))
+    return dict(zip(weights, (int(share * period) for share in shares), strict=True))
 
 
 def weights_of(name):

@@ -23,6 +23,7 @@ import numpy as np
 import process_group as pg
 from errors import UserError, in_one_line, note
 from files import local_files, shown
+from prepared import mapped, prepared_text
 from presets import PRESETS, hub_is_unreachable
 from texts import open_texts, slices
 from token_cache import (
@@ -63,8 +64,7 @@ def load_tokens(args, world, device):
             "--tokenizer_name"
         )
     return tuple(
-        None if about[field] is None else np.load(folder / name, mmap_mode="r")
-        for field, name in FILES.items()
+        None if about[field] is None else mapped(folder, name) for field, name in FILES.items()
     )
 
 
@@ -74,6 +74,8 @@ def tokenised(args):
     In it about.json has the sha256 of the tokens, those to train on and then those to hold out, as
     they are stored. It says what a run is trained on: the same text elsewhere has the same one.
     """
+    if (folder := prepared_text(args.dataset_name)) is not None:
+        return folder
     files = local_files(args.dataset_name)
     for line in files.notes:
         note(line)

@@ -45,10 +45,9 @@ def load_texts(args, world, device):
     """The `Text` of each name, the same on every rank; raises UserError as `load_tokens` does."""
     texts = []
     for number, (name, part) in enumerate(args.texts.items()):
-        own = args
-        if len(args.texts) > 1:  # each in an order of its own
-            changed = {"dataset_name": name, "seed": f"{args.seed} text {number}"}
-            own = argparse.Namespace(**{**vars(args), **changed})
+        own = argparse.Namespace(**{**vars(args), "dataset_name": name})
+        if len(args.texts) > 1:
+            own.seed = f"{args.seed} text {number}"  # for an order of its own
         tokens, validation = load_tokens(own, world, device)
         texts.append(Text(own, part, tokens, validation, about_of(tokens)))
     return texts
