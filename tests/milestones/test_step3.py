@@ -4,6 +4,7 @@ import re
 
 import pytest
 import workers_step3 as workers
+import workers_step3_mixes as mixes
 import workers_step3_texts as texts
 import workers_step3_tokens as tokens
 from harness import World
@@ -122,3 +123,28 @@ def test_the_program(step_dir):
     steps = [line["step"] for line in result.metrics]
     assert steps == [1, 2, 3], f"main trains the steps {steps}; 96 tokens are three steps of 32"
     assert re.search(r"held-out loss \d", result.out), "main should end with a held-out loss"
+
+
+@pytest.mark.milestone(3, 9)
+def test_names_and_places(step_dir, worlds, tmp_path):
+    worlds(step_dir, 1).run(mixes.names, tmp_path)
+    worlds(step_dir, 1).run(mixes.periods)
+    worlds(step_dir, 1).run(mixes.rows)
+
+
+@pytest.mark.milestone(3, 10)
+@each(mixes.loaded, mixes.made, mixes.reports)
+def test_a_run_on_a_mix(step_dir, worlds, function):
+    worlds(step_dir, 1).run(function)
+
+
+@pytest.mark.milestone(3, 11)
+@each(mixes.mapped, mixes.checked, mixes.taken_over)
+def test_a_folder_that_trains(step_dir, worlds, function, tmp_path):
+    worlds(step_dir, 1).run(function, tmp_path)
+
+
+@pytest.mark.milestone(3, 12)
+@each(mixes.tokenizers, mixes.restarted)
+def test_from_raw_texts_to_tokens(step_dir, worlds, function, tmp_path):
+    worlds(step_dir, 1).run(function, tmp_path)
