@@ -67,6 +67,11 @@ STEP3 = {
     "--vocab_size 100 --dataset_name {tmp}/a.txt": ("--vocab_size 100", "bytes", "id 121"),
     "--seq_len 50000000": ("python-stdlib", "0 training sequences", "--seq_len 50000000"),
     "--seq_len 64 --stride 64": ("--stride 64", "--seq_len 64"),
+    "--dataset_name {tmp}/a.txt:0.7,{tmp}/b.txt": ("--dataset_name", "each text", "a weight"),
+    "--dataset_name {tmp}/a.txt:0.7,{tmp}/none.txt:0.3": ("none.txt", "no such file"),
+    "--dataset_name {tmp}/a.txt:0,python-stdlib:1": ("--dataset_name", "above 0"),
+    "--dataset_name {tmp}/a.txt:0.123457,python-stdlib:1": ("--dataset_name", "fewer digits"),
+    "--eval_tokens 0": ("--eval_tokens", "1 or more"),
     "--gradient_accumulation_steps 0": ("--gradient_accumulation_steps", "1 or more"),
     "--learning_rate 1e39 --max_tokens 512": ("held-out loss nan at step 1", "--learning_rate"),
 }
