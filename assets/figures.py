@@ -31,6 +31,7 @@ FIGURES = [
     figures_pipeline.schedules,
     figures_pipeline.deadlock,
     figures_pipeline.interleaved_plan,
+    figures_training.muon,
     figures_axes.four_axes,
     figures_axes.rectangles,
 ]

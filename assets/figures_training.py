@@ -1,5 +1,7 @@
-"""What training does over a run: learning rates."""
+"""What training does over a run: learning rates, and losses of two optimizers."""
 
+import json
+import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,3 +33,32 @@ def learning_rates():
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0.12, 0.08))
     return figure
+
+
+def muon():
+    """Losses of AdamW and Muon in step 9's default run, as tests/muon_curves.py kept them.
+
+    Thin lines are seeds, and the thick one is their mean; each at the best rate that was tried.
+    """
+    figure, axes = plt.subplots(figsize=(6.4, 2.8))
+    for (optimizer, (rate, seeds)), colour in zip(seeds_of_muon().items(), COLOURS, strict=False):
+        steps = [10 * place + 5.5 for place in range(len(seeds[0]["losses"]))]
+        for seed in seeds:
+            axes.plot(steps, seed["losses"], color=colour, lw=0.5, alpha=0.6)
+        mean = [statistics.mean(x) for x in zip(*(s["losses"] for s in seeds), strict=True)]
+        axes.plot(steps, mean, color=colour, lw=1.8, label=f"{optimizer}, learning rate {rate}")
+    axes.set(xlabel="step", ylabel="loss, mean of 10 steps", ylim=(None, 3.5), xlim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def seeds_of_muon():
+    """{optimizer: (best rate as it was given, its runs, one a seed)} of assets/muon.json."""
+    runs = json.loads((Path(__file__).parent / "muon.json").read_text())["runs"]
+    found = {}
+    for flags, run in runs.items():
+        _, optimizer, _, rate, _, _ = flags.split()
+        found.setdefault(optimizer, {}).setdefault(rate, []).append(run)
+    return {name: max(rates.items(), key=lambda one: len(one[1])) for name, rates in found.items()}

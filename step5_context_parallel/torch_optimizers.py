@@ -32,18 +32,18 @@ DEFAULTS = {
 }
 
 
-def choose_optimizer(args):
+def choose_optimizer(args, known=ELEMENTWISE):
     """Make `args.make_optimizer`, a function from groups of parameters and `lr` to an optimizer.
 
-    Raises UserError for a name that is not there, or arguments that it does not take.
+    known: the classes there are, by name. Raises UserError for a name that is not there, or
+    arguments that it does not take.
     """
     name, flag = args.optimizer, f"--optimizer {args.optimizer}"
-    choice = f"choose one of {', '.join(ELEMENTWISE)}"
-    if name in NOT_ELEMENTWISE:
-        raise UserError(f"{flag}: it works on {NOT_ELEMENTWISE[name]}; {choice}")
-    if name not in ELEMENTWISE:
-        raise UserError(f"{flag}: {choice}")
-    kind, options = ELEMENTWISE[name], DEFAULTS.get(name, {}) | own_arguments(args)
+    choice = f"choose one of {', '.join(known)}"
+    if name not in known:
+        reason = f"it works on {NOT_ELEMENTWISE[name]}; " if name in NOT_ELEMENTWISE else ""
+        raise UserError(f"{flag}: {reason}{choice}")
+    kind, options = known[name], DEFAULTS.get(name, {}) | own_arguments(args)
     args.make_optimizer = functools.partial(kind, **options)
     if args.optimizer_args != "{}":
         try_out(args)
@@ -74,5 +74,6 @@ def try_out(args):
         args.make_optimizer([weight], lr=args.learning_rate).step()
     except Exception as error:
         what = f"--optimizer {args.optimizer} --optimizer_args {args.optimizer_args}"
-        remedy = "torch.optim's documentation has its arguments"
+        kind = args.make_optimizer.func
+        remedy = f"the documentation of {kind.__module__}.{kind.__name__} has its arguments"
         raise UserError(f"{what}: {in_one_line(error)}; {remedy}") from None

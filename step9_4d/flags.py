@@ -21,9 +21,10 @@ from huggingface import load_checked_config
 from interleaved import PIPELINE_ENGINES
 from learning_rate import WAYS_DOWN, check_schedule
 from metrics_file import check_metrics_file
+from muon import Muon
 from started import check_world
 from text_names import choose_texts
-from torch_optimizers import choose_optimizer
+from torch_optimizers import ELEMENTWISE, choose_optimizer
 from zero import ENGINES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -110,7 +111,7 @@ def parse_args(argv):
         raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
     check_world(args.device, args.tp_size, args.cp_size, args.dp_size, args.pp_size)
     check_compiler(args)
-    choose_optimizer(args)
+    choose_optimizer(args, ELEMENTWISE | {"muon": Muon})
     choose_texts(args)
 
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")

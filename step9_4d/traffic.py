@@ -2,6 +2,7 @@
 
 from traffic_context import context_parallel_traffic
 from traffic_data import data_parallel_traffic
+from traffic_muon import muon_traffic
 from traffic_pipeline import pipeline_parallel_traffic
 from traffic_tensor import tensor_parallel_traffic
 
@@ -16,5 +17,6 @@ def predicted_traffic(state):
     rows = [(group.axis, "all_reduce", 1, size) for group, size in sums if group.size > 1]
     rows += context_parallel_traffic(state.args, state.model, state.mesh.group("cp"))
     rows += data_parallel_traffic(state.engine, state.args.gradient_accumulation_steps)
+    rows += muon_traffic(state.optimizer, state.engine)
     rows += pipeline_parallel_traffic(state.args, state.mesh.group("pp"), state.parameters)
     return rows + tensor_parallel_traffic(state.args, state.model)

@@ -28,7 +28,8 @@ from lock import alone
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from mixes import batches, load_texts, parts_of
 from model import Llama, materialize
-from optimizer import build_optimizer, clip_gradients, gradient_norm
+from muon import build_optimizer
+from optimizer import clip_gradients, gradient_norm
 from pipeline_parallel import Stage, apply_pipeline_parallel, sum_shared_gradients
 from started import together
 from tensor_parallel import apply_tensor_parallel
@@ -81,7 +82,7 @@ def setup(args):
     engine = data_parallel(args.dp_engine, model, mesh.group("dp", "cp"))
     stage = build_stage(args, model, mesh.group("pp"), engine, device)
     parameters = engine.parameters
-    optimizer = build_optimizer(parameters, args)
+    optimizer = build_optimizer(parameters, args, mesh)
     positions = zigzag_positions(args.seq_len, mesh.group("cp"))
     data = batches(texts, device, positions, mesh.group("dp"))
     state = State(args, device, mesh, model, engine, stage, parameters, optimizer, data)

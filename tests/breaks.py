@@ -12,6 +12,7 @@ from pathlib import Path
 
 from breaks_context import *
 from breaks_data import *
+from breaks_muon import *
 from breaks_pipeline import *
 from breaks_ranks import *
 from breaks_speed import *

@@ -44,13 +44,13 @@ STEP1 = {
     "--lr_schedule constant --min_lr_ratio 0": ("--min_lr_ratio", "--lr_schedule constant"),
     "--decay_steps 5000": ("--decay_steps 5000", "--max_tokens", "--warmup_steps"),
     "--min_lr_ratio 1.5": ("--min_lr_ratio 1.5", "0 to 1"),
-    "--optimizer Muon": ("--optimizer muon", "whole matrices", "adamw"),
     "--optimizer adamv": ("--optimizer adamv", "adamw"),
     "--optimizer_args [1]": ("--optimizer_args [1]", "JSON object"),
     '--optimizer_args {{"lr":1}}': ("--optimizer_args", "--learning_rate"),
     '--optimizer sgd --optimizer_args {{"beta":1}}': ("--optimizer sgd", "beta", "torch.optim"),
 }
 STEP1_ONLY = {"--vocab_size 100": ("--vocab_size 100", "256")}
+UNTIL_STEP8 = {"--optimizer Muon": ("--optimizer muon", "whole matrices", "adamw")}
 STEP3 = {
     "--dataset_name {tmp}/nowhere.txt": ("--dataset_name", "nowhere.txt", "no such file"),
     "--dataset_name {tmp}/gpt2": ("--text_column text", "model_type"),  # not what was meant
@@ -153,7 +153,8 @@ def check_all(step_dir, worlds, folder, subtests, cases, seconds):
 
 
 def calls_of_the_model(step_dir):
-    return STEP1 if step_number(step_dir) > 2 else STEP1 | STEP1_ONLY
+    number = step_number(step_dir)
+    return STEP1 | (STEP1_ONLY if number < 3 else {}) | (UNTIL_STEP8 if number < 9 else {})
 
 
 @pytest.mark.steps(1, 1)

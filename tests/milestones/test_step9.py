@@ -4,6 +4,7 @@ import pytest
 import step9_checkpoints as checkpoints
 import step9_chunks as chunks
 import step9_models as models
+import step9_muon as muon
 import step9_runs as runs
 import workers_setup
 import workers_trainer
@@ -198,3 +199,36 @@ def test_a_run_that_is_stopped_goes_on(step_dir, worlds, tmp_path):
             f"--resume auto after step 2: (step, loss, gradient norm) are {found}; without a stop "
             f"{due}. Does setup call load?"
         )
+
+
+@pytest.mark.milestone(9, 16)
+@pytest.mark.parametrize("check", [muon.orthogonal, muon.whose])
+def test_a_matrix_is_made_orthogonal(step_dir, worlds, check):
+    worlds(step_dir, 1).run(check)
+
+
+@pytest.mark.milestone(9, 17)
+@pytest.mark.parametrize(
+    "size, layout",
+    [(1, "all"), (2, "rows"), (2, "all"), (2, "stretches"), (3, "stretches")],
+)
+def test_whole_matrices_have_owners(step_dir, worlds, size, layout):
+    worlds(step_dir, size).run(muon.owned, layout, **SOON)
+
+
+@pytest.mark.milestone(9, 18)
+def test_an_update_of_muon(step_dir, worlds):
+    worlds(step_dir, 1).run(muon.updated)
+
+
+@pytest.mark.milestone(9, 18)
+@pytest.mark.parametrize(
+    "flags", ["--tp_size 2", "--dp_size 2 --dp_engine zero1 --micro_batch_size 1"]
+)
+def test_muon_of_parts_is_muon_of_the_whole(step_dir, train_on, flags):
+    hint = {
+        "of step 2": "Does build_optimizer give the mesh to Muon, and does update take the size "
+        "from full_shape?",
+        "": "Look at Muon.step, and at build_optimizer.",
+    }
+    same_training(hint, step_dir, train_on, 2, f"{flags} --optimizer muon", one="--optimizer muon")
