@@ -78,6 +78,15 @@ class LossScale:
             optimizer.state.clear()
         return report | {"skipped": self.value >= 1}
 
+    def saved(self):
+        """What a checkpoint keeps of it."""
+        return {"value": self.value, "good_steps": self.good_steps} if self.dynamic else None
+
+    def restore(self, saved):
+        """Go on from what a checkpoint has kept; None where it had none."""
+        if self.dynamic and saved:
+            self.value, self.good_steps = saved["value"], saved["good_steps"]
+
     @property
     def remedy(self):
         """What an error about a step says first: nothing, or that this was not the first one."""
