@@ -274,11 +274,11 @@ def load(state):
     compare_data(args, args.resumed)
     state.engine.finish_update()
     state.step = args.resumed["step"]
-    state.loss_scale.restore(args.resumed.get("loss_scale"))
     scalars = args.resumed.get("scalars", {"step": state.step})  # older ones are AdamW's
     for entry in state.optimizer.state.values():
         for name, value in scalars.items():
             entry[name].fill_(value)
+    state.loss_scale.restore(args.resumed.get("loss_scale"))
 
 
 def read_by_all(args, world, read):
