@@ -20,7 +20,7 @@ from launch import Saved, flag, machine, table
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--num_hidden_layers 4 --hidden_size 64 --num_attention_heads 4 --num_key_value_heads 2 "
-SMALL += "--intermediate_size 192 --seq_len 64 --micro_batch_size 16 --learning_rate 1e-3 "
+SMALL += "--intermediate_size 192 --seq_len 64 --micro_batch_size 8 --learning_rate 1e-3 "
 ROWS = {
     "float32": "--dtype float32",
     "bfloat16": "--dtype bfloat16",
