@@ -80,5 +80,5 @@ class LossScale:
 
     @property
     def remedy(self):
-        """What an error about a step says first: nothing, or that this was not the first one."""
+        """What an error about a step says before its own advice; nothing while the scale is good."""
         return "the loss scale fell below 1: use --dtype bfloat16, " if self.value < 1 else ""
