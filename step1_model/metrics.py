@@ -97,9 +97,11 @@ class Metrics:
 def readable(metrics):
     """One line of a step for people."""
     mfu = f" | mfu {metrics['mfu']:.1%}" if metrics["mfu"] is not None else ""
+    scale = f" | loss scale {metrics['loss_scale']:.0f}" if "loss_scale" in metrics else ""
+    scale += ", step skipped" if metrics.get("skipped") else ""
     return (
         f"step {metrics['step']:5d} | loss {metrics['loss']:7.4f}"
         f" | grad norm {metrics['grad_norm']:8.4f} | lr {metrics['learning_rate']:.2e}"
         f" | {metrics['tokens_per_second']:9,.0f} tokens/s{mfu}"
-        f" | {metrics['memory_gb']:.2f} GB"
+        f" | {metrics['memory_gb']:.2f} GB{scale}"
     )

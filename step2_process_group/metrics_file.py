@@ -1,6 +1,7 @@
 """The file that `--metrics_file` names: whose it is, and one line of JSON a step."""
 
 import json
+import math
 from pathlib import Path
 
 from errors import UserError, check_writable, note
@@ -27,7 +28,8 @@ class MetricsFile:
 
     def write(self, metrics):
         """Add a line. What finds no room waits for the next call."""
-        self.waiting += json.dumps(metrics).encode() + b"\n"
+        line = {name: None if infinite(value) else value for name, value in metrics.items()}
+        self.waiting += json.dumps(line).encode() + b"\n"
         try:
             while self.waiting:
                 self.waiting = self.waiting[self.file.write(self.waiting) :]
@@ -41,6 +43,11 @@ class MetricsFile:
         if lines := self.waiting.count(b"\n"):
             why = self.failed.strerror
             raise UserError(f"--metrics_file {self.path}: {why}; its last {lines} lines are lost")
+
+
+def infinite(value):
+    """Whether it is a number for which JSON has no word."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def flags_beside(path):

@@ -89,10 +89,11 @@ class TritonRMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x, weight, eps):
-    """x / sqrt(mean(x², last dim) + eps) * weight, computed in the dtype of weight.
+    """x / sqrt(mean(x², last dim) + eps) * weight, computed in float32 or better.
 
     x: [..., hidden]; weight: [hidden]; returns the shape and dtype of x.
     """
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if triton is not None and x.is_cuda and not torch.compiler.is_compiling():
         return TritonRMSNorm.apply(x, weight, eps)
     return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)

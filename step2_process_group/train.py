@@ -18,6 +18,7 @@ from ledger import communication_ledger
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm
+from precision import LossScale
 from started import together, world_size
 from traffic import predicted_traffic
 
@@ -32,6 +33,7 @@ class State:
     model: Llama
     parameters: list  # what the optimizer works on
     optimizer: torch.optim.Optimizer
+    loss_scale: LossScale
     batch: tuple  # tokens, targets: [batch, seq]; positions: [seq]
     step: int = 0
 
@@ -43,14 +45,15 @@ def setup(args):
 
     with torch.device("meta"):  # no memory yet: a rank will hold only its own part
         model = Llama(args.config, DTYPES[args.dtype], args.activation_checkpointing)
-    materialize(model, args.seed, device)
+    materialize(model, args.seed, device, DTYPES[args.weights_dtype])
     if args.compile:
         model.compile_layers(args.compile)
 
     parameters = list(model.parameters())
     optimizer = build_optimizer(parameters, args)
+    loss_scale = LossScale(args.dtype)
     batch = one_batch(args, device)
-    return State(args, device, mesh, model, parameters, optimizer, batch)
+    return State(args, device, mesh, model, parameters, optimizer, loss_scale, batch)
 
 
 def one_batch(args, device):
@@ -66,37 +69,42 @@ def one_batch(args, device):
 
 
 def forward_backward(state):
-    """Add one step's gradients to the parameters; returns the mean loss, a scalar."""
+    """Add one step's gradients, times the loss scale, to the parameters; returns the mean loss."""
     tokens, targets, positions = state.batch
-    loss = state.model(tokens, targets, positions) / state.args.tokens_per_step
+    scale = state.loss_scale.value  # as if there were so many times fewer targets
+    loss = state.model(tokens, targets, positions) / (state.args.tokens_per_step / scale)
     loss.backward()
-    return loss.detach()
+    return loss.detach() / scale
 
 
 def train_step(state):
     """One update of the weights; returns what is reported of it.
 
     step; loss, the mean over the step's targets; grad_norm before clipping; learning_rate; tokens
-    since the start; memory_gb, the peak so far. Raises UserError when the loss is not finite.
+    since the start; memory_gb, the peak so far; in float16 what `LossScale.update` reports. Raises
+    UserError when the loss is not finite.
     """
     args = state.args
     state.optimizer.zero_grad()
     loss = forward_backward(state)
     grad_norm = gradient_norm(state.parameters, state.model.parameter_names)
+    grad_norm /= state.loss_scale.value
     clip_gradients(state.parameters, args.max_grad_norm, grad_norm)
 
     state.step += 1
     learning_rate = learning_rate_at(state.step, args)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
-    state.optimizer.step()
+    state.loss_scale.step(state.optimizer, grad_norm)
     maxima = pg.max_over_ranks([peak_memory_gb(state.device)], state.mesh.world, state.device)
     # The only place where the host waits for the device.
     loss, grad_norm, memory = torch.stack([loss.double(), grad_norm, *maxima]).tolist()
-    if not math.isfinite(loss + grad_norm):
+    scale = state.loss_scale.update(state.optimizer, grad_norm)
+    if not math.isfinite(loss + grad_norm) and not scale.get("skipped"):
         raise UserError(
-            f"loss {loss}, gradient norm {grad_norm} at step {state.step}: lower --learning_rate "
-            f"{args.learning_rate} or raise --warmup_steps {args.warmup_steps}"
+            f"loss {loss}, gradient norm {grad_norm} at step {state.step}: "
+            f"{state.loss_scale.remedy}lower --learning_rate {args.learning_rate} or raise "
+            f"--warmup_steps {args.warmup_steps}"
         )
     return {
         "step": state.step,
@@ -105,6 +113,7 @@ def train_step(state):
         "learning_rate": learning_rate,
         "tokens": state.step * args.tokens_per_step,
         "memory_gb": memory,
+        **scale,
     }
 
 

@@ -16,12 +16,13 @@ from errors import (
 )
 from learning_rate import WAYS_DOWN, check_schedule
 from metrics_file import check_metrics_file
+from precision import check_precision
 from presets import load_config
 from started import check_world, world_size
 from text_names import choose_texts
 from torch_optimizers import choose_optimizer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
 def parse_args(argv):
@@ -67,6 +68,7 @@ def parse_args(argv):
     # machine
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else float32")
+    parser.add_argument("--weights_dtype", choices=DTYPES, help="default: float32 or better")
     parser.add_argument("--compile", nargs="?", const="inductor", choices=["inductor", "aot_eager"])
     parser.add_argument("--activation_checkpointing", action="store_true")
     # reports
@@ -86,7 +88,7 @@ def parse_args(argv):
     choose_optimizer(args)
     choose_texts(args)
     check_metrics_file(args)
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    check_precision(args)
     args.config = load_config(args)
     if args.stride >= args.seq_len:
         raise UserError(f"--stride {args.stride}: choose less than --seq_len {args.seq_len}")

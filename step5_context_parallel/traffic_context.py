@@ -1,12 +1,14 @@
 """The traffic of the ring, by formula."""
 
+from flags import DTYPES
+
 
 def context_parallel_traffic(args, model, group):
     """What this rank sends in a step: rows of (axis, collective, calls, bytes)."""
     cp, config = args.cp_size, args.config
     if cp == 1:
         return []
-    number = {"bfloat16": 2, "float32": 4, "float64": 8}[args.dtype]  # bytes of one
+    number = DTYPES[args.dtype].itemsize  # bytes of one
     tokens = args.micro_batch_size * args.seq_len // cp
     block = 2 * tokens * config.num_key_value_heads // args.tp_size * config.head_dim
     rings = args.gradient_accumulation_steps * len(model.model.layers)

@@ -1,5 +1,7 @@
 """The traffic of tensor parallelism, by formula."""
 
+from flags import DTYPES
+
 
 def tensor_parallel_traffic(args, model):
     """What the group sends in a step: rows of (axis, collective, calls, bytes)."""
@@ -9,14 +11,13 @@ def tensor_parallel_traffic(args, model):
     steps, layers = args.gradient_accumulation_steps, len(model.model.layers)
     embedding, head = (hasattr(x, "weight") for x in (model.model.embed_tokens, model.lm_head))
     tokens = args.micro_batch_size * args.seq_len // args.cp_size
-    weight = 8 if args.dtype == "float64" else 4  # bytes of one, and of what accumulates
-    number = 2 if args.dtype == "bfloat16" else weight
+    number, weight = (DTYPES[name].itemsize for name in (args.dtype, args.weights_dtype))  # bytes
     whole, table = (tokens * args.config.hidden_size * size for size in (number, weight))
 
     # Forward o, down (and the embedding), backward qkv, gate-up and the head; o once more if a
     # layer is recomputed, which stops before down's sum: backward does not need it.
     sums = (4 + args.activation_checkpointing) * layers + head
-    loss = ("tp", "all_gather", steps * head, 2 * tokens * weight * args.tp_size)
+    loss = ("tp", "all_gather", steps * head, 2 * tokens * max(4, number) * args.tp_size)
     if not args.sequence_parallel:
         rows = (steps * sums, whole), (steps * embedding, table)
         return [*(("tp", "all_reduce", *row) for row in rows), loss]

@@ -24,6 +24,7 @@ from mixes import batches, load_texts, parts_of
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm
 from pipeline_parallel import Stage, apply_pipeline_parallel, sum_shared_gradients
+from precision import LossScale
 from started import together
 from tensor_parallel import apply_tensor_parallel
 from traffic import predicted_traffic
@@ -42,6 +43,7 @@ class State:
     stage: Stage
     parameters: list  # what the optimizer works on
     optimizer: torch.optim.Optimizer
+    loss_scale: LossScale
     data: Batches
     step: int = 0
 
@@ -58,7 +60,7 @@ def setup(args):
     apply_tensor_parallel(model, mesh.group("tp"), args.sequence_parallel)
     apply_context_parallel(model, mesh.group("cp"), args.compile)
     apply_pipeline_parallel(model, mesh.group("pp"))
-    materialize(model, args.seed, device)
+    materialize(model, args.seed, device, DTYPES[args.weights_dtype])
     if args.compile:
         model.compile_layers(args.compile)
 
@@ -66,9 +68,11 @@ def setup(args):
     stage = Stage(args, model, mesh.group("pp"), engine, device)
     parameters = engine.parameters
     optimizer = build_optimizer(parameters, args)
+    loss_scale = LossScale(args.dtype)
     positions = zigzag_positions(args.seq_len, mesh.group("cp"))
+    loss_scale = LossScale(args.dtype)
     data = batches(texts, device, positions, mesh.group("dp"))
-    return State(args, device, mesh, model, engine, stage, parameters, optimizer, data)
+    return State(args, device, mesh, model, engine, stage, parameters, optimizer, loss_scale, data)
 
 
 def mean_loss(state, micro_batches, targets_in_all, backward):
@@ -82,12 +86,13 @@ def mean_loss(state, micro_batches, targets_in_all, backward):
 
 
 def forward_backward(state):
-    """Add one step's gradients to the parameters; returns the mean loss, a scalar."""
+    """Add one step's gradients, times the loss scale, to the parameters; returns the mean loss."""
     micro_batches = state.data.micro_batches(state.step)
-    loss = mean_loss(state, micro_batches, state.args.tokens_per_step, backward=True)
+    scale = state.loss_scale.value  # as if there were so many times fewer targets
+    loss = mean_loss(state, micro_batches, state.args.tokens_per_step / scale, backward=True)
     state.engine.finish_gradients()
     sum_shared_gradients(state.parameters)
-    return loss
+    return loss / scale
 
 
 def evaluate(state):
@@ -112,28 +117,32 @@ def train_step(state):
     """One update of the weights; returns what is reported of it.
 
     step; loss, the mean over the step's targets; grad_norm before clipping; learning_rate; tokens
-    since the start; memory_gb, the peak so far. Raises UserError when the loss is not finite.
+    since the start; memory_gb, the peak so far; in float16 what `LossScale.update` reports. Raises
+    UserError when the loss is not finite.
     """
     args = state.args
     state.engine.zero_grad()
     loss = forward_backward(state)
     model_group = state.mesh.group("pp", "tp", *state.engine.axes)
     grad_norm = gradient_norm(state.parameters, state.model.parameter_names, model_group)
+    grad_norm /= state.loss_scale.value
     clip_gradients(state.parameters, args.max_grad_norm, grad_norm)
 
     state.step += 1
     learning_rate = learning_rate_at(state.step, args)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
-    state.optimizer.step()
+    state.loss_scale.step(state.optimizer, grad_norm)
     state.engine.finish_update()
     maxima = pg.max_over_ranks([peak_memory_gb(state.device)], state.mesh.world, state.device)
     # The only place where the host waits for the device.
     loss, grad_norm, memory = torch.stack([loss, grad_norm, *maxima]).tolist()
-    if not math.isfinite(loss + grad_norm):
+    scale = state.loss_scale.update(state.optimizer, grad_norm)
+    if not math.isfinite(loss + grad_norm) and not scale.get("skipped"):
         raise UserError(
-            f"loss {loss}, gradient norm {grad_norm} at step {state.step}: lower --learning_rate "
-            f"{args.learning_rate} or raise --warmup_steps {args.warmup_steps}"
+            f"loss {loss}, gradient norm {grad_norm} at step {state.step}: "
+            f"{state.loss_scale.remedy}lower --learning_rate {args.learning_rate} or raise "
+            f"--warmup_steps {args.warmup_steps}"
         )
     return {
         "step": state.step,
@@ -142,6 +151,7 @@ def train_step(state):
         "learning_rate": learning_rate,
         "tokens": state.step * args.tokens_per_step,
         "memory_gb": memory,
+        **scale,
     }
 
 

@@ -181,7 +181,7 @@ class Llama(nn.Module):
     `global_name`, `full_shape` and `held`, the slices of the full tensor that this process holds.
 
     config: a `transformers.LlamaConfig` or anything with its fields; dtype: the dtype of the
-    computation; the weights are float64 when it is, else float32.
+    computation. `materialize` knows that of the weights.
     """
 
     def __init__(self, config, dtype=torch.float32, activation_checkpointing=False):
@@ -226,13 +226,14 @@ def initial_value(name, shape, seed, std):
     return torch.randn(shape, generator=generator) * std
 
 
-def materialize(model, seed, device):
+def materialize(model, seed, device, dtype=None):
     """Replace the meta parameters of a model by real ones, initialised, on a device.
 
-    One full tensor at a time exists on the CPU; only the part that is held stays.
+    One full tensor at a time exists on the CPU; only the part that is held stays. dtype: that of
+    the weights, by default float64 if the computation is, else float32.
     """
     std = model.model.config.initializer_range
-    dtype = torch.promote_types(model.model.dtype, torch.float32)
+    dtype = dtype or torch.promote_types(model.model.dtype, torch.float32)
     made = {}  # a tied weight is met twice and made once
     for module in model.modules():
         for key, meta in list(module.named_parameters(recurse=False)):

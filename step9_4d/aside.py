@@ -32,7 +32,7 @@ def check_room(directory, config, dtype, copies):
     """Raise UserError unless so many copies of the weights fit beside a directory to write."""
     with torch.device("meta"):
         count = Llama(config).parameter_count
-    weight = torch.promote_types(getattr(torch, dtype), torch.float32).itemsize
+    weight = getattr(torch, dtype).itemsize
     needed, free = copies * count * weight, shutil.disk_usage(hidden(directory).parent).free
     if free < needed:
         raise UserError(

@@ -31,7 +31,7 @@ MODEL_FIELDS = sorted(vars(preset("debug")))  # of a configuration
 MAY_CHANGE = (
     *("dataset_name", "dataset_config", "text_column", "tokenizer_name", "max_tokens"),
     *("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "dtype"),
-    *("lr_schedule", "min_lr_ratio", "decay_steps"),
+    *("weights_dtype", "lr_schedule", "min_lr_ratio", "decay_steps"),
 )
 
 
@@ -208,7 +208,8 @@ def about_of(state, files, others):
         "flags": args.flags,
         "tokenizer": tokenizer_of(args),
         "special_tokens": special_tokens(args.config),
-        "dtype": "float64" if args.dtype == "float64" else "float32",  # of the weights
+        "dtype": args.weights_dtype,
+        "loss_scale": state.loss_scale.saved(),
         "model": model_fields(args.config),
         "data": args.data,
         "scalars": scalars_of(state.optimizer, state.parameters),
@@ -278,6 +279,7 @@ def load(state):
     for entry in state.optimizer.state.values():
         for name, value in scalars.items():
             entry[name].fill_(value)
+    state.loss_scale.restore(args.resumed.get("loss_scale"))
 
 
 def read_by_all(args, world, read):

@@ -22,12 +22,13 @@ from interleaved import PIPELINE_ENGINES
 from learning_rate import WAYS_DOWN, check_schedule
 from metrics_file import check_metrics_file
 from muon import Muon
+from precision import check_precision
 from started import check_world
 from text_names import choose_texts
 from torch_optimizers import ELEMENTWISE, choose_optimizer
 from zero import ENGINES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
 def parse_args(argv):
@@ -73,6 +74,7 @@ def parse_args(argv):
     # machine
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else float32")
+    parser.add_argument("--weights_dtype", choices=DTYPES, help="default: float32 or better")
     parser.add_argument("--compile", nargs="?", const="inductor", choices=["inductor", "aot_eager"])
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--recompute_elementwise", action="store_true", help="with --compile")
@@ -114,7 +116,7 @@ def parse_args(argv):
     choose_optimizer(args, ELEMENTWISE | {"muon": Muon})
     choose_texts(args)
 
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    check_precision(args)
     choose_checkpoint(args)
     check_metrics_file(args)
     args.config = load_checked_config(args)

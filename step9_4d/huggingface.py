@@ -57,7 +57,8 @@ def load_checked_config(args):
             raise
         config = resumed_config(args, error)
     if args.save_hf is not None:
-        check_room(args.save_hf, config, args.dtype, copies=2)  # parts, then the whole of them
+        # Parts, then the whole of them.
+        check_room(args.save_hf, config, args.weights_dtype, copies=2)
     return config
 
 
@@ -210,8 +211,8 @@ def export(checkpoint, files, directory, config, dtype, tokenizer_name, known):
     import transformers
 
     with torch.device("meta"):
-        model = Llama(config, dtype)
-    materialize(model, None, torch.device("cpu"))
+        model = Llama(config)
+    materialize(model, None, torch.device("cpu"), dtype)
     read_weights(model, checkpoint, files)
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():

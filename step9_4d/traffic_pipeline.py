@@ -2,12 +2,13 @@
 
 import math
 
+from flags import DTYPES
 from pipeline_parallel import message_shape
 
 
 def pipeline_parallel_traffic(args, group, parameters):
     """What this stage sends in a step: rows of (axis, collective, calls, bytes)."""
-    number = {"bfloat16": 2, "float32": 4, "float64": 8}[args.dtype]
+    number = DTYPES[args.dtype].itemsize
     size = math.prod(message_shape(args)) * number
     ways = 2 * args.pp_chunks - group.is_first - group.is_last  # gradients back, activations on
     calls = ways * args.gradient_accumulation_steps

@@ -31,6 +31,7 @@ from model import Llama, materialize
 from muon import build_optimizer
 from optimizer import clip_gradients, gradient_norm
 from pipeline_parallel import Stage, apply_pipeline_parallel, sum_shared_gradients
+from precision import LossScale
 from started import together
 from tensor_parallel import apply_tensor_parallel
 from traffic import predicted_traffic
@@ -49,6 +50,7 @@ class State:
     stage: Stage  # or Interleaved
     parameters: list  # what the optimizer works on
     optimizer: torch.optim.Optimizer
+    loss_scale: LossScale
     data: Batches
     step: int = 0
     asked_to_stop: int = 0  # this rank, by the signal of that number
@@ -73,7 +75,7 @@ def setup(args):
     apply_context_parallel(model, mesh.group("cp"), args.compile)
     apply_pipeline_parallel(model, mesh.group("pp"), args.pp_chunks)
     loads = args.resume or args.load_hf
-    materialize(model, None if loads else args.seed, device)
+    materialize(model, None if loads else args.seed, device, DTYPES[args.weights_dtype])
     if args.load_hf and not args.resume:
         load_hf(model, args.load_hf)
     if args.compile:
@@ -83,9 +85,10 @@ def setup(args):
     stage = build_stage(args, model, mesh.group("pp"), engine, device)
     parameters = engine.parameters
     optimizer = build_optimizer(parameters, args, mesh)
+    loss_scale = LossScale(args.dtype)
     positions = zigzag_positions(args.seq_len, mesh.group("cp"))
     data = batches(texts, device, positions, mesh.group("dp"))
-    state = State(args, device, mesh, model, engine, stage, parameters, optimizer, data)
+    state = State(args, device, mesh, model, engine, stage, parameters, optimizer, loss_scale, data)
     if args.resume:
         load(state)
     return state
@@ -103,12 +106,13 @@ def mean_loss(state, micro_batches, targets_in_all, backward):
 
 
 def forward_backward(state):
-    """Add one step's gradients to the parameters; returns the mean loss, a scalar."""
+    """Add one step's gradients, times the loss scale, to the parameters; returns the mean loss."""
     micro_batches = state.data.micro_batches(state.step)
-    loss = mean_loss(state, micro_batches, state.args.tokens_per_step, backward=True)
+    scale = state.loss_scale.value  # as if there were so many times fewer targets
+    loss = mean_loss(state, micro_batches, state.args.tokens_per_step / scale, backward=True)
     state.engine.finish_gradients()
     sum_shared_gradients(state.parameters)
-    return loss
+    return loss / scale
 
 
 def evaluate(state):
@@ -133,30 +137,34 @@ def train_step(state):
     """One update of the weights; returns what is reported of it.
 
     step; loss, the mean over the step's targets; grad_norm before clipping; learning_rate; tokens
-    since the start; memory_gb, the peak so far. Raises UserError when the loss is not finite.
+    since the start; memory_gb, the peak so far; in float16 what `LossScale.update` reports. Raises
+    UserError when the loss is not finite.
     """
     args = state.args
     state.engine.zero_grad()
     loss = forward_backward(state)
     model_group = state.mesh.group("pp", "tp", *state.engine.axes)
     grad_norm = gradient_norm(state.parameters, state.model.parameter_names, model_group)
+    grad_norm /= state.loss_scale.value
     clip_gradients(state.parameters, args.max_grad_norm, grad_norm)
 
     state.step += 1
     learning_rate = learning_rate_at(state.step, args)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
-    state.optimizer.step()
+    state.loss_scale.step(state.optimizer, grad_norm)
     state.engine.finish_update()
     own = [peak_memory_gb(state.device), state.asked_to_stop]
     maxima = pg.max_over_ranks(own, state.mesh.world, state.device)
     # The only place where the host waits for the device.
     loss, grad_norm, memory, asked = torch.stack([loss, grad_norm, *maxima]).tolist()
     state.stop = int(asked) if state.step < args.total_steps else 0
-    if not math.isfinite(loss + grad_norm):
+    scale = state.loss_scale.update(state.optimizer, grad_norm)
+    if not math.isfinite(loss + grad_norm) and not scale.get("skipped"):
         raise UserError(
-            f"loss {loss}, gradient norm {grad_norm} at step {state.step}: lower --learning_rate "
-            f"{args.learning_rate} or raise --warmup_steps {args.warmup_steps}{last_good(args)}"
+            f"loss {loss}, gradient norm {grad_norm} at step {state.step}: "
+            f"{state.loss_scale.remedy}lower --learning_rate {args.learning_rate} or raise "
+            f"--warmup_steps {args.warmup_steps}{last_good(args)}"
         )
     return {
         "step": state.step,
@@ -165,6 +173,7 @@ def train_step(state):
         "learning_rate": learning_rate,
         "tokens": state.step * args.tokens_per_step,
         "memory_gb": memory,
+        **scale,
     }
 
 

@@ -44,7 +44,8 @@ def unlike(shown, printed, losses=True):
             yield f"not printed: {row}"
     for step, *rest in STEP.findall(shown) if losses else ():
         found = steps.get(step, (0, 0))
-        near = (abs(float(a) - b) <= 1e-3 * float(a) for a, b in zip(rest, found, strict=True))
+        pairs = [(float(a), b) for a, b in zip(rest, found, strict=True)]
+        near = (a == b or abs(a - b) <= 1e-3 * a for a, b in pairs)  # a == b: both infinite
         if int(step) <= 20 and not all(near):  # as NaN is
             yield f"step {step}: {found}, not {rest}"
 

@@ -22,7 +22,7 @@ def test_every_pair_is_attended_once_and_all_ranks_do_the_same(step_dir, worlds,
 
 
 @pytest.mark.parametrize(
-    "dtype, bound", [("float64", 1e-14), ("float32", 1e-6), ("bfloat16", 1e-2)]
+    "dtype, bound", [("float64", 1e-14), ("float32", 1e-6), ("bfloat16", 1e-2), ("float16", 2e-3)]
 )
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2)])
 @pytest.mark.parametrize("kernel", [None, "Plain"])

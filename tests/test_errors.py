@@ -48,6 +48,14 @@ STEP1 = {
     "--optimizer_args [1]": ("--optimizer_args [1]", "JSON object"),
     '--optimizer_args {{"lr":1}}': ("--optimizer_args", "--learning_rate"),
     '--optimizer sgd --optimizer_args {{"beta":1}}': ("--optimizer sgd", "beta", "torch.optim"),
+    "--dtype float32 --weights_dtype bfloat16": ("--weights_dtype bfloat16", "--dtype float32"),
+    "--dtype float64 --weights_dtype float32": ("--weights_dtype float32", "--dtype float64"),
+    "--dtype float16 --optimizer radam": ("--dtype float16", "--optimizer radam", "bfloat16"),
+    "--dtype float16 --learning_rate 1e38 --warmup_steps 0 --seq_len 8 --num_hidden_layers 1": (
+        "gradient norm nan at step 18",
+        "loss scale fell below 1",
+        "--dtype bfloat16",
+    ),
 }
 STEP1_ONLY = {"--vocab_size 100": ("--vocab_size 100", "256")}
 UNTIL_STEP8 = {"--optimizer Muon": ("--optimizer muon", "whole matrices", "adamw")}

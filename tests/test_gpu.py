@@ -25,6 +25,7 @@ from launch import launch, on_two, ranks_of
 from layouts import ENGINES
 from test_casts import assert_casts_are_kept_once
 from test_errors import assert_one_line
+from test_half import overflow
 from test_huggingface import theirs
 from test_layouts import SHAPE, WHOLE, assert_bfloat16_trains_like_float32, split
 from test_model import TINY, oracle
@@ -50,6 +51,7 @@ def cuda():
     "dtype, bound, kernel",
     [
         ("bfloat16", 1e-2, "cudnn_attention"),
+        ("float16", 2e-3, "cudnn_attention"),
         ("float32", 1e-5, "efficient_attention"),
         ("float64", 1e-13, "attention_math"),
     ],
@@ -65,7 +67,8 @@ def test_attention_backend(step_dir, worlds, dtype, bound, kernel, heads, kv_hea
 
 @pytest.mark.steps(1, 1)
 @pytest.mark.parametrize(
-    "dtype, bound", [("float64", 1e-13), ("float32", 1e-6), ("bfloat16", 5e-3)]
+    "dtype, bound",
+    [("float64", 1e-13), ("float32", 1e-6), ("bfloat16", 5e-3), ("float16", 1e-3)],
 )
 def test_triton_rms_norm(step_dir, worlds, dtype, bound):
     (errors,) = worlds(step_dir, 1).run(workers_model.triton_rms_norm, dtype, "cuda")
@@ -87,20 +90,41 @@ def test_splits_of_the_batch(step_dir, train_on, count):
     train_on(step_dir, 1, SHAPE + CUDA + split(count), 3).assert_same_as(reference)
 
 
+@pytest.mark.parametrize("dtype, bound", [("bfloat16", 3e-2), ("float16", 4e-3)])
 @pytest.mark.parametrize("flags", ["", "--compile"])
-def test_bfloat16_gradients_stay_near_float32(step_dir, train_on, worlds, flags):
+def test_half_gradients_stay_near_float32(step_dir, train_on, worlds, flags, dtype, bound):
     argv = "--num_hidden_layers 4 --seq_len 128 --device cuda " + flags + random_data(step_dir)
     exact = train_on(step_dir, 1, argv + " --dtype float32", 1).gradients[0]
-    rough = train_on(step_dir, 1, argv + " --dtype bfloat16", 1).gradients[0]
+    run = train_on(step_dir, 1, argv + f" --dtype {dtype}", 1)
+    rough, scale = run.gradients[0], run.metrics[0].get("loss_scale", 1)
     for name in exact:
-        error = np.linalg.norm(rough[name] - exact[name]) / np.linalg.norm(exact[name])
-        assert error < 3e-2, (name, error)
+        error = np.linalg.norm(rough[name] / scale - exact[name]) / np.linalg.norm(exact[name])
+        assert error < bound, (name, error)
     if "--compile" in flags:
         return  # what watches every operator does not see into compiled layers
-    _, kept = worlds(step_dir, 1).run(
-        workers_precision.dtypes_of_a_step, argv + " --dtype bfloat16"
-    )[0]
-    assert all(dtypes == {"torch.float32"} for dtypes in kept.values()), kept
+    for weights in ("float32", dtype):
+        half = f" --dtype {dtype} --weights_dtype {weights}"
+        _, kept = worlds(step_dir, 1).run(workers_precision.dtypes_of_a_step, argv + half)[0]
+        assert all(dtypes == {f"torch.{weights}"} for dtypes in kept.values()), kept
+
+
+@pytest.mark.steps(9)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--optimizer adamw",
+        '--optimizer adam --optimizer_args {"amsgrad":true} --compile',
+        '--optimizer sgd --optimizer_args {"momentum":0.9}',
+        "--tp_size 2 --sequence_parallel",
+        "--pp_size 2 --dp_size 2 --dp_engine zero3",
+        '--cp_size 2 --dp_engine zero2 --weights_dtype float16 --optimizer_args {"eps":1e-4}',
+    ],
+)
+def test_an_overflow_on_one_rank_skips_the_step_everywhere(step_dir, worlds, flags):
+    argv = f"--num_hidden_layers 2 --seq_len 64 --dataset_name random --dtype float16 {CUDA}{flags}"
+    reports, still, *_ = overflow(step_dir, worlds, argv, ranks_of(argv) - 1, [1, 3], 4)
+    assert still == [True, False, True, False]
+    assert [m["loss_scale"] for m in reports] == [2**16, 2**15, 2**15, 2**14]
 
 
 @pytest.mark.steps(2, 2)
@@ -338,6 +362,7 @@ def test_generating_on_nccl(step_dir, worlds, tmp_path):
     "dtype, bound, kernel",
     [
         ("bfloat16", 1e-2, "cudnn_attention"),
+        ("float16", 2e-3, "cudnn_attention"),
         ("float32", 1e-5, "efficient_attention"),
         ("float64", 1e-13, None),
     ],

@@ -196,22 +196,23 @@ def test_a_float64_step_holds_no_float32(step_dir, worlds, flags):
     assert all(dtypes == {"torch.float64"} for dtypes in kept.values()), kept
 
 
-def test_bfloat16_computes_over_float32_state(step_dir, worlds):
-    argv = TINY.replace("float64", "bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+def test_half_precision_computes_over_float32_state(step_dir, worlds, dtype):
+    argv, half = TINY.replace("float64", dtype), f"torch.{dtype}"
     seen, kept = worlds(step_dir, 1).run(workers_precision.dtypes_of_a_step, argv)[0]
     assert all(dtypes == {"torch.float32"} for dtypes in kept.values()), kept
     assert "aten.cos.default" in seen["torch.float64"], "angles are computed in float64"
     assert "aten.cos.default" not in seen["torch.float32"]
     assert "aten._log_softmax.default" in seen["torch.float32"], "the loss is a float32 sum"
-    assert "aten._log_softmax.default" not in seen["torch.bfloat16"]
+    assert "aten._log_softmax.default" not in seen[half]
     products = {"aten.mm.default", "aten.addmm.default"}
-    assert products & set(seen["torch.bfloat16"])
+    assert products & set(seen[half])
     assert not products & set(seen["torch.float32"])
 
 
 @pytest.mark.steps(1, 1)
 @pytest.mark.parametrize(
-    "dtype, bound", [("float64", 1e-14), ("float32", 1e-6), ("bfloat16", 1e-2)]
+    "dtype, bound", [("float64", 1e-14), ("float32", 1e-6), ("bfloat16", 1e-2), ("float16", 2e-3)]
 )
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2)])
 def test_attention_on_the_cpu_is_the_fused_kernel(step_dir, worlds, dtype, bound, heads, kv_heads):

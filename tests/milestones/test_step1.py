@@ -5,6 +5,7 @@ import pytest
 import workers_step1 as workers
 import workers_step1_optimizers as optimizers
 import workers_step1_pages as pages
+import workers_step1_precision as precision
 from harness import World
 from launch import launch
 from same import same
@@ -204,3 +205,18 @@ def test_the_learning_rate(step_dir, worlds):
 def test_another_optimizer(step_dir, worlds):
     worlds(step_dir, 1).run(optimizers.chosen)
     worlds(step_dir, 1).run(optimizers.refused)
+
+
+# --- 13. and 14. PRECISION.md ---------------------------------------------------------------------
+
+
+@pytest.mark.milestone(1, 13)
+def test_dtypes_that_go_together(step_dir, worlds):
+    worlds(step_dir, 1).run(precision.dtypes_that_fit)
+    worlds(step_dir, 1).run(precision.dtypes_that_do_not)
+
+
+@pytest.mark.milestone(1, 14)
+@pytest.mark.parametrize("check", ["updates", "first_step", "up_and_down"])
+def test_the_loss_scale(step_dir, worlds, check):
+    worlds(step_dir, 1).run(getattr(precision, check))

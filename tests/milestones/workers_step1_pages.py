@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -85,6 +86,13 @@ def metrics_file(path):
                 f"MetricsFile: after step {step} the file holds {lines}; a line a step is due, and "
                 "none of the run before"
             )
+        file.write({"step": 3, "loss": math.nan, "grad_norm": math.inf, "skipped": True})
+        text = Path(path).read_text().splitlines()[-1]
+        due = '{"step": 3, "loss": null, "grad_norm": null, "skipped": true}'
+        assert text == due, (
+            f"MetricsFile.write: a loss of nan and a norm of inf are {text}; JSON knows neither, "
+            f"so null is due: {due}"
+        )
         file.close()
     for other in (flags | {"seed": 2}, flags | {"device": "cpu"}, {"metrics_file": path}):
         assert refused(path, other), (

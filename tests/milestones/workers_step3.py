@@ -371,13 +371,15 @@ def of_a_step():
         micro_batches=lambda step: (asked.append(step), iter(parts))[1],
     )
     args = SimpleNamespace(tokens_per_step=12, seq_len=3, learning_rate=1.0, warmup_steps=2)
-    state = state_of(model, data=data, args=args)
+    scale = SimpleNamespace(value=4.0)
+    state = state_of(model, data=data, args=args, loss_scale=scale)
     state.step = 5
     due = sum(model(*part) for part in parts) / 12
     same(train.forward_backward(state), due, "the loss of forward_backward", "the step's mean")
     assert asked == [5], f"forward_backward reads the steps {asked}; it should read state.step, 5"
     expected = torch.autograd.grad(due, weight)[0]
-    same(weight.grad, expected, "the gradient of forward_backward", "that of the mean")
+    what = "the gradient of forward_backward with a loss scale of 4"
+    same(weight.grad, 4 * expected, what, "4 times that of the mean")
     weight.grad = None
     found = train.evaluate(state)["held_out"]
     due = due.item() * 12 / 18
