@@ -16,7 +16,8 @@ ELEMENTWISE = {
         *(optim.NAdam, optim.RAdam, optim.RMSprop, optim.Rprop, optim.SGD),
     )
 }
-# They give a number of a weight another update where only a part of the weight is there.
+# Those that we do not take, and what they work on. The first three give a number of a weight
+# another update where only a part of the weight is there.
 NOT_ELEMENTWISE = {
     "adafactor": "rows and columns of a weight",
     "lbfgs": "all weights at once",
