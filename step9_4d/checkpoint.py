@@ -24,15 +24,19 @@ from corpus import tokenizer_of
 from errors import UserError, note
 from presets import preset, special_tokens
 from resharding import all_finite, read_tensors, scalars_of, tensors_of, write_tensors
+from restart import cool_down, rates_of, to_take
 from run_directory import checkpoints, find, newest_sound, own, read_about
 
 MODEL_FIELDS = sorted(vars(preset("debug")))  # of a configuration
+<<<<<<< HEAD
 # What makes a run another one, but may be meant.
 MAY_CHANGE = (
     *("dataset_name", "dataset_config", "text_column", "tokenizer_name", "max_tokens"),
     *("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "dtype"),
     *("weights_dtype", "lr_schedule", "min_lr_ratio", "decay_steps"),
 )
+=======
+>>>>>>> 5ccaeb3 (Restarts: a first version)
 
 
 class NotSaved(UserError):
@@ -53,7 +57,7 @@ def choose_checkpoint(args):
     damaged; `auto` takes the newest one that is whole.
     """
     args.auto, args.found, args.damaged = args.resume == "auto", [], []
-    args.resumed, args.lock = None, None
+    args.resumed, args.lock, args.source = None, None, "--resume"  # source: for messages
     if args.checkpoint_dir is None:
         needs = {"--save_every": args.save_every, "--keep_every": args.keep_every}
         for flag, given in (needs | {"--resume auto": args.auto or None}).items():
@@ -71,8 +75,10 @@ def choose_checkpoint(args):
             raise UserError(f"{what}: a name that is no UTF-8; {remedy}")
         run_directory.check_config(args.checkpoint_dir)
         args.found = checkpoints(args.checkpoint_dir)
+    args.older = []  # what is tried where one is damaged
     if args.auto:
-        args.resume, args.resumed = newest_sound("--resume auto:", args.found)
+        args.source, args.older = "--resume auto:", args.found
+        args.resume, args.resumed = newest_sound(args.source, args.found)
     elif args.resume is not None:
         args.resume = find("--resume", args.resume)
         args.resumed = read_about("--resume", args.resume)
@@ -101,24 +107,28 @@ def compare(args, about):
     tokenizers = about["tokenizer"], tokenizer_of(args)
     if "bytes" in tokenizers:  # the others are named by a place, which may be a new one
         pairs.append(("--tokenizer_name", *tokenizers))
-    for what, saved, wanted in pairs:
-        if saved != wanted:
-            raise UserError(f"--resume {args.resume}: saved with {what} {saved}, not {wanted}")
-    for name in MAY_CHANGE:
+    differ = {what: f"{what} {saved}, not {now}" for what, saved, now in pairs if saved != now}
+    where = f"{args.source} {args.resume}"
+    for what, said in differ.items():
+        if what.startswith(args.taken.same):
+            raise UserError(f"{where}: saved with {said}")
+    if differ:
+        note(f"{where}: saved with {'; '.join(differ.values())}")
+    for name in args.taken.noted:
         if there[name] != here[name]:
-            note(f"--resume {args.resume}: until now --{name} was {there[name]}")
+            note(f"{where}: until now --{name} was {there[name]}")
 
 
 def compare_data(args, about):
     """Say so where a checkpoint's run was trained on other tokens, whatever their name."""
-    if about["data"] != args.data:
+    if about["data"] != args.data and args.taken.weights != "none":
         then, now = (
             f"{data['tokens']} tokens of sha256 {data['sha256']:.8}"
             for data in (about["data"], args.data)
         )
         note(
-            f"--resume {args.resume}: the data are not those it was trained on until now ({then}; "
-            f"now {now}); what is held out from now on may have been trained on"
+            f"{args.source} {args.resume}: the data are not those it was trained on until now "
+            f"({then}; now {now}); what is held out from now on may have been trained on"
         )
 
 
@@ -212,6 +222,7 @@ def about_of(state, files, others):
         "loss_scale": state.loss_scale.saved(),
         "model": model_fields(args.config),
         "data": args.data,
+        **rates_of(args, state.step),
         "scalars": scalars_of(state.optimizer, state.parameters),
         "files": files,
         "others": others,
@@ -254,32 +265,38 @@ def last_good(args):
 def load(state):
     """Go on from the checkpoint in `args.resume`, whatever layout it was saved on.
 
-    Raises UserError, on every rank, for files that are not as they were written; with `--resume
-    auto` all ranks then take the next older one.
+    Or begin with what a restart takes of it. Raises UserError, on every rank, for files that are
+    not as they were written; all ranks then take the next older one, if there is a choice.
     """
     args, world = state.args, state.mesh.world
-    tensors = tensors_of(state.parameters, state.optimizer)
+    tensors = to_take(state)
 
     def read():
         read_tensors(tensors, args.resume, args.resumed["files"])
 
     def next_older():
-        return newest_sound("--resume", [p for p in args.found if p.name < args.resume.name])
+        return newest_sound(args.source, [p for p in args.older if p.name < args.resume.name])
 
     while not read_by_all(args, world, read):
         args.damaged.append(args.resume)
         args.resume, args.resumed = pg.from_first(world, next_older)
         if args.resume is None:
-            raise UserError("--resume auto: no checkpoint here is sound: name another directory")
+            raise UserError(f"{args.source} no checkpoint is sound: name another directory")
         compare(args, args.resumed)
+        cool_down(args)
     compare_data(args, args.resumed)
     state.engine.finish_update()
     state.step = args.resumed["step"]
     scalars = args.resumed.get("scalars", {"step": state.step})  # older ones are AdamW's
-    for entry in state.optimizer.state.values():
+    for entry in state.optimizer.state.values() if args.taken.averages else ():
         for name, value in scalars.items():
             entry[name].fill_(value)
+<<<<<<< HEAD
     state.loss_scale.restore(args.resumed.get("loss_scale"))
+=======
+    if not args.taken.goes_on:
+        state.step = 0
+>>>>>>> 5ccaeb3 (Restarts: a first version)
 
 
 def read_by_all(args, world, read):
@@ -288,8 +305,8 @@ def read_by_all(args, world, read):
         pg.from_all(world, read)
         return True
     except UserError as error:
-        if not args.auto:
+        if not args.older:
             remedy = "the checkpoint is damaged, name another one"
-            raise UserError(f"--resume {error}: {remedy}") from None
-        note(f"--resume auto: {error}; an older one is tried")
+            raise UserError(f"{args.source} {error}: {remedy}") from None
+        note(f"{args.source} {error}; an older one is tried")
         return False

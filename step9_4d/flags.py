@@ -21,8 +21,12 @@ from huggingface import load_checked_config
 from interleaved import PIPELINE_ENGINES
 from learning_rate import WAYS_DOWN, check_schedule
 from metrics_file import check_metrics_file
+<<<<<<< HEAD
 from muon import Muon
 from precision import check_precision
+=======
+from restart import KINDS, choose_restart, cool_down, say_what_changes
+>>>>>>> 5ccaeb3 (Restarts: a first version)
 from started import check_world
 from text_names import choose_texts
 from torch_optimizers import ELEMENTWISE, choose_optimizer
@@ -94,6 +98,8 @@ def parse_args(argv):
     parser.add_argument("--keep_last", type=positive_int, default=3, help="older ones are deleted")
     parser.add_argument("--keep_every", type=positive_int, help="steps; these are not deleted")
     parser.add_argument("--resume", help="auto: the latest, if there is one; or a directory")
+    parser.add_argument("--restart_from", help="a directory, if auto finds no checkpoint")
+    parser.add_argument("--restart", choices=KINDS, help="what to take of it")
     parser.add_argument("--load_hf", help="start from a Hugging Face directory")
     parser.add_argument("--save_hf", help="write one at the end")
     parser.add_argument("--eval_every", type=positive_int, help="steps between held-out losses")
@@ -119,6 +125,7 @@ def parse_args(argv):
     check_precision(args)
     choose_checkpoint(args)
     check_metrics_file(args)
+    choose_restart(args)  # after it: a restart is a new run, and writes over no other one's metrics
     args.config = load_checked_config(args)
     check_context_parallel(args)
     check_tensor_parallel(args)
@@ -129,9 +136,11 @@ def parse_args(argv):
     sequences = args.micro_batch_size * args.gradient_accumulation_steps * args.dp_size
     args.tokens_per_step = sequences * args.seq_len
     args.total_steps = -(-args.max_tokens // args.tokens_per_step)  # rounded up
-    check_schedule(args)
     if args.resume is not None:
         compare(args, args.resumed)
+        say_what_changes(args)
+        cool_down(args)
+    check_schedule(args)
     return args
 
 

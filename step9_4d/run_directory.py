@@ -110,7 +110,7 @@ def newest_sound(flag, found):
             problem = error
             note(f"{error}" if path == found[0] else f"{error}; an older one is tried")
     if found:
-        raise UserError(f"{problem}; none here is sound: name another --checkpoint_dir")
+        raise UserError(f"{problem}; none here is sound: name another directory")
     return None, None
 
 

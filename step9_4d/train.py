@@ -31,7 +31,11 @@ from model import Llama, materialize
 from muon import build_optimizer
 from optimizer import clip_gradients, gradient_norm
 from pipeline_parallel import Stage, apply_pipeline_parallel, sum_shared_gradients
+<<<<<<< HEAD
 from precision import LossScale
+=======
+from restart import chosen
+>>>>>>> 5ccaeb3 (Restarts: a first version)
 from started import together
 from tensor_parallel import apply_tensor_parallel
 from traffic import predicted_traffic
@@ -67,15 +71,20 @@ def setup(args):
     check_tokenizer(args, mesh.world)
     args.data = identity(texts)
     # One checkpoint for all.
-    args.resume, args.resumed = pg.from_first(mesh.world, lambda: (args.resume, args.resumed))
+    vars(args).update(pg.from_first(mesh.world, lambda: chosen(args)))
 
     with torch.device("meta"):  # no memory yet: a rank will hold only its own part
         model = Llama(args.config, DTYPES[args.dtype], args.activation_checkpointing)
     apply_tensor_parallel(model, mesh.group("tp"), args.sequence_parallel)
     apply_context_parallel(model, mesh.group("cp"), args.compile)
     apply_pipeline_parallel(model, mesh.group("pp"), args.pp_chunks)
+<<<<<<< HEAD
     loads = args.resume or args.load_hf
     materialize(model, None if loads else args.seed, device, DTYPES[args.weights_dtype])
+=======
+    loads = args.load_hf or (args.resume and args.taken.weights == "all")
+    materialize(model, None if loads else args.seed, device)
+>>>>>>> 5ccaeb3 (Restarts: a first version)
     if args.load_hf and not args.resume:
         load_hf(model, args.load_hf)
     if args.compile:
