@@ -10,6 +10,7 @@
 A resume takes all, too, but of its own run.
 """
 
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,6 +138,10 @@ def say_what_changes(args):
     cut_anew = any(before[name] != args.flags[name] for name in ("seq_len", "stride"))
     if cut_anew and args.taken.weights != "none":
         note(f"{where}: windows are cut anew; what is held out of them may have been trained on")
+    sizes = ("micro_batch_size", "gradient_accumulation_steps", "dp_size", "seq_len")
+    tokens, now = math.prod(before[name] for name in sizes), args.tokens_per_step
+    if args.taken.goes_on and tokens != now:
+        note(f"{where}: steps had {tokens} tokens; `tokens` counts {now} for each, as it is now")
     if args.taken.weights != "fitting":
         return
     (here, there), same = shapes_of_both(args)

@@ -34,13 +34,14 @@ def life(argv, until=None, hold=False, meanwhile=None):
     import checkpoint
     import errors
     import lock
+    import restart
     import run_directory
     import train
 
     result = {"said": None, "steps": [], "curve": [], "weights": None}
     directory = None
     run_directory.say_once.cache_clear()
-    with notes_of(checkpoint, run_directory, lock) as notes:
+    with notes_of(checkpoint, restart, run_directory, lock) as notes:
         with patch.object(run_directory, "say_once", notes.append):
             try:
                 args = train.parse_args(argv.split())

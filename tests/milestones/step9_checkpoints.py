@@ -210,7 +210,7 @@ def what_is_the_same(folder):
     assert one["tokens"] == 5 and one != other, "identity should tell data apart by their content"
     flags = {"seed": 3, "seq_len": 16, "micro_batch_size": 2, "gradient_accumulation_steps": 1}
     flags |= {"stride": 0, "optimizer": "adamw", "optimizer_args": "{}"}
-    flags |= {"dp_size": 1, **dict.fromkeys(checkpoint.MAY_CHANGE)}
+    flags |= {"dp_size": 1, **dict.fromkeys(state.args.taken.noted)}
     model = checkpoint.model_fields(state.args.config)
     about = {"flags": flags, "model": dict(model), "tokenizer": "bytes"}
     state.args.flags = {**flags, "micro_batch_size": 1, "dp_size": 2}  # the same global batch
