@@ -34,7 +34,7 @@ LAYOUTS = [
     "--dp_size 2 --dp_engine zero1",
     "--tp_size 2",
     "--dp_size 2 --dp_engine zero3",
-    "--pp_size 2 --pp_engine interleaved --gradient_accumulation_steps 2",
+    "--pp_size 2 --pp_engine interleaved",
     "--tp_size 2 --dp_size 2 --dp_engine zero2",
     "--pp_size 2 --dp_size 2 --dp_engine zero3 --pp_engine afab",
     "--tp_size 2 --sequence_parallel --cp_size 2 --dp_engine zero1",
