@@ -32,13 +32,17 @@ class Kind(NamedTuple):
     averages: bool  # what the optimizer keeps of each weight
     goes_on: bool  # in steps and data; otherwise both begin anew
     same: tuple  # how the names of what must be the same in both runs begin
-    noted: tuple = ()  # flags that make a run another one, but may be meant
+    noted: tuple = ("dtype",)  # flags whose change is said
 
 
-SCHEDULE = ("max_tokens", "learning_rate", "warmup_steps")
-SCHEDULE += ("lr_schedule", "min_lr_ratio", "decay_steps")
-OTHERS = ("dataset_name", "dataset_config", "text_column", "tokenizer_name")
-OTHERS += ("weight_decay", "max_grad_norm", "dtype")
+SCHEDULE = (
+    *("max_tokens", "learning_rate", "warmup_steps"),
+    *("lr_schedule", "min_lr_ratio", "decay_steps"),
+)
+OTHERS = (
+    *("dataset_name", "dataset_config", "text_column", "tokenizer_name"),
+    *("weight_decay", "max_grad_norm", "dtype"),
+)
 KINDS = {
     "all": Kind("all", True, True, ("",), SCHEDULE + OTHERS),  # each name begins with ""
     "cooldown": Kind("all", True, True, ("a model", "--optimizer", "--tokenizer_name"), OTHERS),
@@ -164,13 +168,13 @@ def say_what_changes(args):
 def in_few_words(remarks, model):
     """Names of a model's weights with a remark behind each, as "model.layers.4-7, lm_head.weight".
 
-    remarks: {name: text}. Layers are numbered in a row, and are alike.
+    remarks: {name: text}, of layers whose numbers follow each other.
     """
     found = {}  # {(before the number, behind it): numbers of layers}
     for name in filter(remarks.__contains__, model):  # in the model's order
         head, number, tail = re.fullmatch(r"(.*\.layers\.|)(\d*)(.*)", name).groups()
-        layer = [other for other in model if number and other.startswith(f"{head}{number}.")]
-        if layer and all(remarks.get(other) == remarks[name] for other in layer):
+        layer = [other for other in model if other.startswith(f"{head}{number}.")]
+        if number and all(remarks.get(other) == remarks[name] for other in layer):
             tail = ""
         found.setdefault((head, tail + remarks[name]), []).append(number)
     return ", ".join(
