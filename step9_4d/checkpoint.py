@@ -281,7 +281,8 @@ def load(state):
         args.damaged.append(args.resume)
         args.resume, args.resumed = pg.from_first(world, next_older)
         if args.resume is None:
-            raise UserError(f"{args.source} no checkpoint is sound: name another directory")
+            where = f"{args.source} {args.older[0].parent}"
+            raise UserError(f"{where}: no checkpoint is sound: name another directory")
         compare(args, args.resumed)
         cool_down(args)
     compare_data(args, args.resumed)

@@ -73,7 +73,6 @@ def choose_restart(args):
     path = Path(args.restart_from)
     args.older = [] if (path / "checkpoint.json").exists() else checkpoints(path)
     if args.older:  # a run's directory
-        args.source += f" {path}:"
         args.resume, args.resumed = newest_sound(args.source, args.older)
     else:
         args.resume = find(args.source, path)
