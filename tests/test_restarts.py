@@ -63,8 +63,13 @@ def restarted(run, kind, flags="--dtype float64 "):
     return SHAPE + CHANGES[kind] + flags + f"--restart_from {run} --restart {kind} "
 
 
+def slow_unless(now, *values):
+    return pytest.param(*values, marks=() if now else pytest.mark.slow)
+
+
+# Three kinds on a layout each by default; all kinds on all layouts with `-m slow`.
 ROWS = [
-    pytest.param(kind, layout, marks=() if place == number else pytest.mark.slow)
+    slow_unless(place == number and kind not in ("all", "optimizer"), kind, layout)
     for place, kind in enumerate(CHANGES)
     for number, layout in enumerate(LAYOUTS)
 ]
@@ -105,10 +110,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(np.array_equal(one[n], other[n]) for n in one)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    ["", pytest.param("--tp_size 2 --dp_size 2 --dp_engine zero2", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("layout", [slow_unless(not n, n) for n in ("", LAYOUTS[5])])
 def test_what_each_restart_takes(step_dir, worlds, saved, subtests, layout):
     then = begun(
         worlds, step_dir, SHAPE + steps(5) + f"--dtype float64 --resume {saved()} ", layout
@@ -136,6 +138,9 @@ def test_what_each_restart_takes(step_dir, worlds, saved, subtests, layout):
             else:
                 expected = (fresh if kind == "optimizer" else {kind: then})[kind]["weights"]
             assert same(found["weights"], expected)
+    found = begun(worlds, step_dir, restarted(saved(), "weights") + "--optimizer adagrad ", layout)
+    assert found["scalars"] == {"step": 0}, "Adagrad has its averages before the first step"
+    assert all(not array.any() for array in found["averages"]["sum"].values())
 
 
 def test_a_transfer_says_what_it_leaves_out(step_dir, worlds, saved):
@@ -181,11 +186,7 @@ def test_a_restart_says_what_is_not_as_it_was(step_dir, worlds, saved):
 WSD = "--lr_schedule wsd --min_lr_ratio 0 --decay_steps 2 "
 
 
-@pytest.mark.parametrize(
-    "layout",
-    ["--tp_size 2"]
-    + [pytest.param(layout, marks=pytest.mark.slow) for layout in ["", *LAYOUTS[3:7]]],
-)
+@pytest.mark.parametrize("layout", [slow_unless(n == LAYOUTS[2], n) for n in ["", *LAYOUTS[2:7]]])
 def test_a_cooldown_is_the_end_of_a_shorter_run_bit_for_bit(step_dir, worlds, tmp_path, layout):
     """N6: and so it is when it is stopped in the middle, and what it began from is gone."""
     argv, whole, run = SHAPE + batch(layout), tmp_path / "long", tmp_path / "cooled"
@@ -206,6 +207,7 @@ def test_a_cooldown_is_the_end_of_a_shorter_run_bit_for_bit(step_dir, worlds, tm
     assert_close(weights, final, "final weight", tolerance=0)
 
 
+@pytest.mark.slow
 def test_a_cooldown_of_a_cooldown(step_dir, worlds, tmp_path):
     """Its rate is that of the step, not that of the flags."""
     argv = SHAPE + batch("") + "--restart cooldown --lr_schedule linear "
@@ -224,8 +226,14 @@ def test_a_cooldown_of_a_cooldown(step_dir, worlds, tmp_path):
 # --- a job that is queued again -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", CHANGES)
-@pytest.mark.parametrize("layout", ["", pytest.param(LAYOUTS[5], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind, layout",
+    [
+        slow_unless(kind in ("weights", "cooldown") and not layout, kind, layout)
+        for kind in CHANGES
+        for layout in ("", LAYOUTS[5])
+    ],
+)
 def test_a_queued_job_goes_on_with_its_own(step_dir, worlds, saved, tmp_path, kind, layout):
     """N6: the same command, from a file, twice; the checkpoint it began from is not read again."""
     source = shutil.copytree(saved("--weight_decay 0.1"), tmp_path / "source")
@@ -244,6 +252,7 @@ def test_a_queued_job_goes_on_with_its_own(step_dir, worlds, saved, tmp_path, ki
     assert_close(weights, final, "final weight", tolerance=0)
 
 
+@pytest.mark.slow
 def test_all_goes_on_bit_for_bit(step_dir, worlds, saved, tmp_path):
     argv = SHAPE + steps(5) + batch("--dp_size 2")
     numbers, weights = train(worlds, step_dir, argv)
@@ -261,24 +270,23 @@ def test_all_ranks_begin_with_what_the_first_one_found(step_dir, worlds, saved):
     assert found[0] == found[1] and found[0][0] == 2 and len(found[0][1]) == 2
 
 
-def test_damage_is_one_line_or_an_older_one_is_taken(step_dir, worlds, saved, tmp_path):
+@pytest.mark.parametrize("layout", [slow_unless(not n, n) for n in ("", "--tp_size 2")])
+def test_damage_is_one_line_or_an_older_one_is_taken(step_dir, worlds, saved, tmp_path, layout):
     run = shutil.copytree(saved(), tmp_path / "run")
     file = run / "step_00000003" / "00000_0000.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
-    for layout in ("", "--tp_size 2"):
-        argv = restarted(run, "cooldown").replace("--seq_len 16", "") + batch(layout)
-        world = worlds(step_dir, ranks_of(layout))
-        named = argv.replace(str(run), str(run / "step_00000003"))
-        for rank in world.run(workers_runs.life, named):
-            assert rank["said"].startswith(f"--restart_from {run / 'step_00000003'}")
-            assert "damaged, name another" in rank["said"] and "\n" not in rank["said"]
-        for rank in world.run(workers_runs.life, argv):
-            assert rank["said"] is None and rank["steps"] == [3, 4]
-            assert any("step_00000003" in n and "an older one" in n for n in rank["notes"])
-    (run / "step_00000002" / "checkpoint.json").write_text("{}")
-    (found,) = worlds(step_dir, 1).run(workers_runs.life, argv.replace("--tp_size 2", ""))
-    assert "no checkpoint is sound" in found["said"] or "none here is sound" in found["said"]
+    argv = restarted(run, "cooldown").replace("--seq_len 16", "") + batch(layout)
+    world = worlds(step_dir, ranks_of(layout))
+    for rank in world.run(workers_runs.life, argv.replace(f"{run} ", f"{run}/step_00000003 ")):
+        assert rank["said"].startswith(f"--restart_from {run / 'step_00000003'}")
+        assert "damaged, name another" in rank["said"] and "\n" not in rank["said"]
+    for rank in world.run(workers_runs.life, argv):
+        assert rank["said"] is None and rank["steps"] == [3, 4]
+        assert any("step_00000003" in n and "an older one" in n for n in rank["notes"])
+    shutil.rmtree(run / "step_00000002")
+    for rank in world.run(workers_runs.life, argv):
+        assert rank["said"].startswith(f"--restart_from {run}: no checkpoint is sound")
 
 
 @pytest.mark.parametrize(
