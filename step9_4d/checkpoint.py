@@ -28,15 +28,6 @@ from restart import cool_down, rates_of, to_take
 from run_directory import checkpoints, find, newest_sound, own, read_about
 
 MODEL_FIELDS = sorted(vars(preset("debug")))  # of a configuration
-<<<<<<< HEAD
-# What makes a run another one, but may be meant.
-MAY_CHANGE = (
-    *("dataset_name", "dataset_config", "text_column", "tokenizer_name", "max_tokens"),
-    *("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "dtype"),
-    *("weights_dtype", "lr_schedule", "min_lr_ratio", "decay_steps"),
-)
-=======
->>>>>>> 5ccaeb3 (Restarts: a first version)
 
 
 class NotSaved(UserError):
@@ -56,7 +47,7 @@ def choose_checkpoint(args):
     And what it says of itself into `args.resumed`. Raises UserError for one that is missing or
     damaged; `auto` takes the newest one that is whole.
     """
-    args.auto, args.found, args.damaged = args.resume == "auto", [], []
+    args.auto, args.found, args.damaged, args.older = args.resume == "auto", [], [], []
     args.resumed, args.lock, args.source = None, None, "--resume"  # source: for messages
     if args.checkpoint_dir is None:
         needs = {"--save_every": args.save_every, "--keep_every": args.keep_every}
@@ -75,7 +66,6 @@ def choose_checkpoint(args):
             raise UserError(f"{what}: a name that is no UTF-8; {remedy}")
         run_directory.check_config(args.checkpoint_dir)
         args.found = checkpoints(args.checkpoint_dir)
-    args.older = []  # what is tried where one is damaged
     if args.auto:
         args.source, args.older = "--resume auto:", args.found
         args.resume, args.resumed = newest_sound(args.source, args.found)
@@ -281,8 +271,7 @@ def load(state):
         args.damaged.append(args.resume)
         args.resume, args.resumed = pg.from_first(world, next_older)
         if args.resume is None:
-            where = f"{args.source} {args.older[0].parent}"
-            raise UserError(f"{where}: no checkpoint is sound: name another directory")
+            raise UserError(f"{args.source} {args.older[0].parent}: none is sound; name another")
         compare(args, args.resumed)
         cool_down(args)
     compare_data(args, args.resumed)
@@ -292,12 +281,10 @@ def load(state):
     for entry in state.optimizer.state.values() if args.taken.averages else ():
         for name, value in scalars.items():
             entry[name].fill_(value)
-<<<<<<< HEAD
-    state.loss_scale.restore(args.resumed.get("loss_scale"))
-=======
-    if not args.taken.goes_on:
+    if args.taken.goes_on:
+        state.loss_scale.restore(args.resumed.get("loss_scale"))
+    else:
         state.step = 0
->>>>>>> 5ccaeb3 (Restarts: a first version)
 
 
 def read_by_all(args, world, read):

@@ -21,12 +21,9 @@ from huggingface import load_checked_config
 from interleaved import PIPELINE_ENGINES
 from learning_rate import WAYS_DOWN, check_schedule
 from metrics_file import check_metrics_file
-<<<<<<< HEAD
 from muon import Muon
 from precision import check_precision
-=======
 from restart import KINDS, choose_restart, cool_down, say_what_changes
->>>>>>> 5ccaeb3 (Restarts: a first version)
 from started import check_world
 from text_names import choose_texts
 from torch_optimizers import ELEMENTWISE, choose_optimizer

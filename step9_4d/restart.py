@@ -32,7 +32,7 @@ class Kind(NamedTuple):
     averages: bool  # what the optimizer keeps of each weight
     goes_on: bool  # in steps and data; otherwise both begin anew
     same: tuple  # how the names of what must be the same in both runs begin
-    noted: tuple = ("dtype",)  # flags whose change is said
+    noted: tuple = ("dtype", "weights_dtype")  # flags whose change is said
 
 
 SCHEDULE = (
@@ -41,7 +41,7 @@ SCHEDULE = (
 )
 OTHERS = (
     *("dataset_name", "dataset_config", "text_column", "tokenizer_name"),
-    *("weight_decay", "max_grad_norm", "dtype"),
+    *("weight_decay", "max_grad_norm", "dtype", "weights_dtype"),
 )
 KINDS = {
     "all": Kind("all", True, True, ("",), SCHEDULE + OTHERS),  # each name begins with ""

@@ -31,11 +31,8 @@ from model import Llama, materialize
 from muon import build_optimizer
 from optimizer import clip_gradients, gradient_norm
 from pipeline_parallel import Stage, apply_pipeline_parallel, sum_shared_gradients
-<<<<<<< HEAD
 from precision import LossScale
-=======
 from restart import chosen
->>>>>>> 5ccaeb3 (Restarts: a first version)
 from started import together
 from tensor_parallel import apply_tensor_parallel
 from traffic import predicted_traffic
@@ -78,13 +75,8 @@ def setup(args):
     apply_tensor_parallel(model, mesh.group("tp"), args.sequence_parallel)
     apply_context_parallel(model, mesh.group("cp"), args.compile)
     apply_pipeline_parallel(model, mesh.group("pp"), args.pp_chunks)
-<<<<<<< HEAD
-    loads = args.resume or args.load_hf
-    materialize(model, None if loads else args.seed, device, DTYPES[args.weights_dtype])
-=======
     loads = args.load_hf or (args.resume and args.taken.weights == "all")
-    materialize(model, None if loads else args.seed, device)
->>>>>>> 5ccaeb3 (Restarts: a first version)
+    materialize(model, None if loads else args.seed, device, DTYPES[args.weights_dtype])
     if args.load_hf and not args.resume:
         load_hf(model, args.load_hf)
     if args.compile:

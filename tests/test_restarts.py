@@ -286,7 +286,7 @@ def test_damage_is_one_line_or_an_older_one_is_taken(step_dir, worlds, saved, tm
         assert any("step_00000003" in n and "an older one" in n for n in rank["notes"])
     shutil.rmtree(run / "step_00000002")
     for rank in world.run(workers_runs.life, argv):
-        assert rank["said"].startswith(f"--restart_from {run}: no checkpoint is sound")
+        assert rank["said"].startswith(f"--restart_from {run}: none is sound")
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,8 @@ import pytest
 import step9_checkpoints as checkpoints
 import step9_chunks as chunks
 import step9_models as models
-<<<<<<< HEAD
 import step9_muon as muon
-=======
 import step9_restarts as restarts
->>>>>>> 9cd7e15 (Restarts: milestones 16 and 17)
 import step9_runs as runs
 import workers_setup
 import workers_trainer
@@ -206,7 +203,6 @@ def test_a_run_that_is_stopped_goes_on(step_dir, worlds, tmp_path):
 
 
 @pytest.mark.milestone(9, 16)
-<<<<<<< HEAD
 @pytest.mark.parametrize("check", [muon.orthogonal, muon.whose])
 def test_a_matrix_is_made_orthogonal(step_dir, worlds, check):
     worlds(step_dir, 1).run(check)
@@ -237,13 +233,14 @@ def test_muon_of_parts_is_muon_of_the_whole(step_dir, train_on, flags):
         "": "Look at Muon.step, and at build_optimizer.",
     }
     same_training(hint, step_dir, train_on, 2, f"{flags} --optimizer muon", one="--optimizer muon")
-=======
+
+
+@pytest.mark.milestone(9, 19)
 @pytest.mark.parametrize("check", [restarts.takes, restarts.chooses, restarts.tells])
 def test_what_a_restart_takes(step_dir, worlds, tmp_path, check):
     worlds(step_dir, 1).run(check, tmp_path)
 
 
-@pytest.mark.milestone(9, 17)
+@pytest.mark.milestone(9, 20)
 def test_a_cooldown(step_dir, worlds, tmp_path):
     worlds(step_dir, 1).run(restarts.cools_down, tmp_path)
->>>>>>> 9cd7e15 (Restarts: milestones 16 and 17)
