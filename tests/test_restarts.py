@@ -143,6 +143,24 @@ def test_what_each_restart_takes(step_dir, worlds, saved, subtests, layout):
     assert all(not array.any() for array in found["averages"]["sum"].values())
 
 
+@pytest.mark.slow
+def test_the_loss_scale_goes_on_where_the_run_does(step_dir, worlds, saved):
+    run, flags = saved("--dtype float16"), "--dtype float16 --optimizer adamw "
+    for kind in CHANGES:
+        found = begun(worlds, step_dir, restarted(run, kind, flags))["loss_scale"]
+        assert found["good_steps"] == (3 if kind in ("all", "cooldown") else 0), kind
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CHANGES)
+def test_restarts_with_muon(step_dir, train_on, saved, kind):
+    muon = "--dtype float64 --optimizer muon "
+    argv = restarted(saved(muon), kind, muon).replace("--optimizer nadam", "")
+    one = train_on(step_dir, 1, argv + batch(""), 2)
+    layout = LAYOUTS[5]
+    train_on(step_dir, ranks_of(layout), argv + batch(layout), 2).assert_same_as(one)
+
+
 def test_a_transfer_says_what_it_leaves_out(step_dir, worlds, saved):
     run = saved()
     words = {

@@ -11,7 +11,7 @@ def begun(argv):
     """What a run has before its first step.
 
     Returns a dict: step; weights, in pieces; averages, {name: pieces} of all that the optimizer
-    keeps of each weight; scalars, what it keeps once; said, what was printed.
+    keeps of each weight; scalars, what it keeps once; loss_scale; said, what was printed.
     """
     from resharding import scalars_of
 
@@ -26,6 +26,7 @@ def begun(argv):
             name: pieces(state.parameters, lambda p, name=name: kept[p][name]) for name in names
         },
         "scalars": scalars_of(state.optimizer, state.parameters),
+        "loss_scale": state.loss_scale.saved(),
         "said": said.getvalue().splitlines(),
     }
 
