@@ -46,7 +46,7 @@ def trained(argv, steps):
             losses.append(report["loss"])
             if report.get("skipped"):
                 skipped.append(step)
-        held_out = train.evaluate(state)
+        held_out = train.evaluate(state)["held_out"]
     except train.UserError as error:
         held_out, end = None, str(error)
     still = {}
