@@ -6,7 +6,7 @@ from workers_setup import build
 
 
 def made_orthogonal(argv):
-    """(what this rank makes orthogonal in a step, its share of the work, all of its stage)."""
+    """({name: shape} of what this rank makes orthogonal in a step, names of all of its stage)."""
     import muon
     import train
 
@@ -19,9 +19,9 @@ def made_orthogonal(argv):
 
     with patch.object(muon, "newton_schulz", counted):
         train.train_step(state)
-    mine = [name for name, owner in owners.of.items() if owner == owners.group.rank]
-    assert sorted(seen) == sorted(owners.shapes[name] for name in mine)
-    return mine, owners.loads[owners.group.rank] / max(1, sum(owners.loads)), list(owners.shapes)
+    mine = {n: owners.shapes[n] for n, owner in owners.of.items() if owner == owners.group.rank}
+    assert sorted(seen) == sorted(mine.values())
+    return mine, list(owners.shapes)
 
 
 def traffic_of_muon(argv):
