@@ -136,10 +136,12 @@ def begin(args, aside):
     if there.exists() and json.loads(there.read_text()) == plan:
         note(f"going on with what is in {shown(aside)}")
         return
-    if left and not there.exists():
+    if {path.name for path in left} - {"plan.part"} and not there.exists():
         raise UserError(f"{shown(aside)}: it is needed to work in, and has other files: move them")
+    write_whole(there, None)  # until all is removed: what is here is ours, but of no use
     for path in left:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path != there:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     write_whole(there, plan)
 
 
@@ -178,7 +180,7 @@ def prepare_text(args, tokenizer, folder):
     about = {"dataset": args.dataset_name, "tokenizer": "tokenizer", "bytes": {}, "files": {}}
     about |= {"notes": [*files.notes, *notes], "documents": 0, "largest_id": 0}
     for line in about["notes"]:
-        note(line)
+        note(line.replace("--dataset_name", "--input_dir"))
     digest = hashlib.sha256()
     for (field, name), text in zip(FILES.items(), (training, held_out), strict=True):
         about[field] = None
@@ -259,13 +261,17 @@ def metadata_of(aside, parts, tokenizer):
     tokens = sum(one["tokens"] + (one["held_out"] or 0) for one in about.values())
     size = sum(sum(one["bytes"].values()) for one in about.values())
     symbols = aside / "tokenizer" / "tokenizer.json"
-    rules = [symbols] if symbols.exists() else sorted(symbols.parent.iterdir())
+    files = sorted(symbols.parent.iterdir())
+    rules = [symbols] if symbols.exists() else files
     digest = hashlib.sha256(f"{tokenizer.eos_token_id}".encode())
     for file in rules:
         digest.update(file.read_bytes())
     return {
         "prepared": parts,
         "tokenizer": digest.hexdigest(),
+        "tokenizer_files": {
+            file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files
+        },
         "vocab_size": max(tokenizer.get_vocab().values()) + 1,
         "documents": sum(one["documents"] for one in about.values()),
         "tokens": tokens,

@@ -5,6 +5,7 @@ Sources: byte-level BPE, GPT-2 (Radford et al., 2019), section 2.2; WordPiece, W
 """
 
 import base64
+import sys
 import tempfile
 from pathlib import Path
 
@@ -38,20 +39,25 @@ def trained(kind, vocab_size, texts):
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    options = {"vocab_size": vocab_size, "show_progress": sys.stderr.isatty()}
     if kind == "bpe":
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END], **options)
+        options["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(special_tokens=[END], **options)
     else:
         tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=[END, "[UNK]"])
+        trainer = trainers.WordPieceTrainer(special_tokens=[END, "[UNK]"], **options)
     tokenizer.train_from_iterator(texts(), trainer)
     if (size := tokenizer.get_vocab_size()) < vocab_size:
         note(f"--vocab_size {vocab_size}: there were not more than {size} symbols to be found")
+    if size > vocab_size:
+        raise UserError(
+            f"--vocab_size {vocab_size}: the letters of the text alone need {size}; choose more"
+        )
     return wrapped(tokenizer, unk_token=None if kind == "bpe" else "[UNK]")
 
 

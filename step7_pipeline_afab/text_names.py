@@ -33,8 +33,8 @@ def parts_of(weights, name):
     period = math.lcm(*(share.denominator for share in shares))
     if period > LONGEST_PERIOD:
         raise UserError(
-            f"--dataset_name {shown(name)}: with these weights a mix repeats only after {period} "
-            f"sequences, and {LONGEST_PERIOD} are the most: give them fewer digits"
+            f"--dataset_name {shown(name)}: with these weights a mix repeats only after more than "
+            f"{LONGEST_PERIOD} sequences: give them fewer digits"
         )
     return dict(zip(weights, (int(share * period) for share in shares), strict=True))
 
@@ -44,9 +44,14 @@ def weights_of(name):
 
     A mix is "a:0.7,b:0.3", or a JSON file with {"a": 0.7, "b": 0.3}. Raises UserError.
     """
-    path, flag = Path(name).expanduser(), f"--dataset_name {shown(name)}"
+    flag = f"--dataset_name {shown(name)}"
+    try:
+        path = Path(name).expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError):  # too long for a path; ~ of a user who has no home
+        path, there = Path(name), False
     pairs = pairs_in(path)
-    if pairs is None and not path.exists():
+    if pairs is None and not there:
         cut = [part.rpartition(":") for part in name.split(",")]
         weighted = [bool(WEIGHT.fullmatch(weight)) for _, _, weight in cut]
         if any(weighted) and not all(weighted):
@@ -67,9 +72,11 @@ def pairs_in(path):
     try:
         if path.suffix != ".json" or path.stat().st_size > MIX_BYTES:
             return None
-        found = json.loads(path.read_bytes(), parse_float=Fraction, parse_int=Fraction)
-    except (OSError, ValueError):
+        # An object becomes a tuple of pairs, so that a name that is there twice stays twice.
+        kinds = {"parse_float": Fraction, "parse_int": Fraction, "object_pairs_hook": tuple}
+        found = json.loads(path.read_bytes(), **kinds)
+    except (OSError, RecursionError, ValueError):
         return None  # a text, if anything: its reader says what is wrong
-    if not isinstance(found, dict) or not all(isinstance(w, Fraction) for w in found.values()):
+    if not isinstance(found, tuple) or not all(isinstance(w, Fraction) for _, w in found):
         return None
-    return [*found.items()] or None
+    return [*found] or None

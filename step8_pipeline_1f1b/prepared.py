@@ -9,6 +9,7 @@ import bisect
 import hashlib
 import itertools
 import json
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -51,8 +52,8 @@ def read_metadata(name):
     """metadata.json of a folder, a dict; None for a name that is no such folder."""
     try:
         found = json.loads((Path(name).expanduser() / "metadata.json").read_text())
-        return found if "prepared" in found else None
-    except (OSError, RuntimeError, ValueError, TypeError):
+        return found if {"prepared", "texts", "tokenizer_files"} <= found.keys() else None
+    except (AttributeError, OSError, RuntimeError, ValueError):  # RecursionError is one
         return None
 
 
@@ -62,20 +63,30 @@ def prepared_text(name):
     Raises UserError where a file is not as it was written. That reads all tokens once.
     """
     folder = Path(name).expanduser()
-    if read_metadata(folder.parent) is None or not (folder / "about.json").is_file():
+    metadata = read_metadata(folder.parent)
+    if metadata is None or folder.name not in metadata["prepared"]:
         return None
-    about = json.loads((folder / "about.json").read_text())
+    about = metadata["texts"][folder.name]
+    with as_written(name, "about.json"):
+        if json.loads((folder / "about.json").read_text()) != about:
+            raise ValueError
     for file, digest in about["files"].items():
-        try:
-            found = hashlib.sha256(np.load(folder / file, mmap_mode="r")).hexdigest()
-        except (OSError, ValueError) as error:
-            found = str(error)
-        if found != digest:
-            raise UserError(
-                f"--dataset_name {shown(name)}: {file} is not as prepare.py wrote it: prepare the "
-                "text again"
-            )
+        with as_written(name, file):
+            if hashlib.sha256(np.load(folder / file, mmap_mode="r")).hexdigest() != digest:
+                raise ValueError
     return folder
+
+
+@contextmanager
+def as_written(name, file):
+    """Raise UserError where a file of a prepared folder is missing, unreadable or another one."""
+    try:
+        yield
+    except (OSError, ValueError):
+        raise UserError(
+            f"--dataset_name {shown(name)}: {file} is not as prepare.py wrote it: prepare the "
+            "text again"
+        ) from None
 
 
 def choose_prepared(args, weights):
@@ -87,6 +98,10 @@ def choose_prepared(args, weights):
     found, first = {}, None
     for name, weight in weights.items():
         metadata = read_metadata(name)
+        if metadata is None and (above := read_metadata(Path(name).parent)):
+            text = Path(name).name
+            if text in above["prepared"]:  # one text of a prepared folder
+                name, metadata = str(Path(name).parent), {**above, "prepared": {text: 1}}
         if metadata is None:
             found[name] = weight
             continue
@@ -98,7 +113,10 @@ def choose_prepared(args, weights):
             )
         whole = sum(metadata["prepared"].values())
         for text, part in metadata["prepared"].items():
-            found[f"{name.rstrip('/')}/{text}"] = weight * Fraction(part, whole)
+            inside = f"{name.rstrip('/')}/{text}"
+            if inside in found:
+                raise UserError(f"--dataset_name: {shown(inside)} is in the mix twice")
+            found[inside] = weight * Fraction(part, whole)
     if first is not None:
         take_over(args, *first)
     return found
@@ -112,6 +130,10 @@ def take_over(args, name, metadata):
             f"{flag}: it was prepared with its own tokenizer; leave --tokenizer_name "
             f"{args.tokenizer_name} out, or prepare the text with that one"
         )
+    for file, digest in metadata["tokenizer_files"].items():
+        with as_written(name, f"tokenizer/{file}"):
+            if hashlib.sha256((Path(own) / file).read_bytes()).hexdigest() != digest:
+                raise ValueError
     args.tokenizer_name = own
     if args.vocab_size is None and args.model_name in PRESETS:
         args.vocab_size = metadata["vocab_size"]

@@ -46,9 +46,9 @@ def load_texts(args, world, device):
     texts = []
     for number, (name, part) in enumerate(args.texts.items()):
         own = argparse.Namespace(**{**vars(args), "dataset_name": name})
+        tokens, validation = load_tokens(own, world, device)
         if len(args.texts) > 1:
             own.seed = f"{args.seed} text {number}"  # for an order of its own
-        tokens, validation = load_tokens(own, world, device)
         texts.append(Text(own, part, tokens, validation, about_of(tokens)))
     return texts
 

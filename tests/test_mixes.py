@@ -59,9 +59,39 @@ def test_a_mix_is_named_on_the_line_or_in_a_file(step_dir, worlds, tmp_path):
         f"{tmp_path}/d:1.txt": {f"{tmp_path}/d:1.txt": 1},
         "one:1,two:1,three:1": {"one": 1, "two": 1, "three": 1},
         "x:2": {"x": 1},
+        f"{'a' * 300}:1,b:3": {"a" * 300: 1, "b": 3},  # longer than a path may be
+        "~nobody at all/a:1,b:3": {"~nobody at all/a": 1, "b": 3},
+        f"{tmp_path}/deep.json": {f"{tmp_path}/deep.json": 1},
+        f"{tmp_path}/pairs.json": {f"{tmp_path}/pairs.json": 1},
     }
+    (tmp_path / "deep.json").write_text("[" * 30000)
+    (tmp_path / "pairs.json").write_text('[["a", 1], ["b", 2]]')
     found = worlds(step_dir, 1).run(workers.named, [*cases])[0]
     assert found == [*cases.values()]
+
+
+@pytest.mark.steps(3, 3)
+def test_a_mix_that_is_not_clear_is_an_error(step_dir, worlds, tmp_path):
+    (tmp_path / "twice.json").write_text('{"a": 1, "b": 1, "a": 2}')
+    (tmp_path / "tiny.json").write_text('{"a": 1, "b": 1e-300}')
+    cases = {
+        f"{tmp_path}/twice.json": "name each text once",
+        f"{tmp_path}/tiny.json": "more than 10000 sequences: give them fewer digits",
+        "a:1,b:0": "a weight above 0",
+        "a:1,b": "a weight, as in",
+        "a:1,:1": "a name",
+    }
+    for name, words in cases.items():
+        error = worlds(step_dir, 1).run(workers.refused, name)[0]
+        assert words in error and len(error) < len(name) + 200
+
+
+@pytest.mark.steps(3, 3)
+def test_random_tokens_may_be_mixed(step_dir, worlds, tmp_path):
+    (tmp_path / "a.txt").write_text("to be or not to be " * 500)
+    argv = f"--dataset_name random:0.5,{tmp_path}/a.txt:0.5"
+    texts = worlds(step_dir, 1).run(workers.sizes, argv.split())[0]
+    assert texts == [(2**22, None), (9501, 9500 / 9501)]
 
 
 @pytest.mark.steps(3, 3)

@@ -128,6 +128,7 @@ def test_another_command_begins_anew(world, step_dir, many, tmp_path):
     error, said = run(one, [*made, "bytes"], **SMALL)
     assert error is None and "going on" not in said
     assert workers.metadata(tmp_path / "out")["vocab_size"] == 256
+    assert not (tmp_path / ".out.unfinished").exists()
     (tmp_path / ".other.unfinished").mkdir()
     (tmp_path / ".other.unfinished" / "mine.txt").write_text("not to be deleted")
     error, _ = run(one, [*made[:3], tmp_path / "other", *made[4:], "bytes"])
@@ -233,12 +234,58 @@ def test_wordpiece_has_words(world, step_dir, raw, tmp_path):
     assert workers.metadata(tmp_path / "out")["bytes_per_token"] > 1.5
 
 
+@slow
+@pytest.mark.steps(3, 3)
+def test_a_removal_that_was_killed_is_not_gone_on_with(world, step_dir, many, tmp_path):
+    """The second command is killed while it removes what the first one has left."""
+    one, aside = world(step_dir), tmp_path / ".out.unfinished"
+    made = ["--input_dir", many, "--output_dir", tmp_path / "out", "--tokenizer_type"]
+    first = [*made, "bpe", "--vocab_size", 300]
+    assert run(one, [*made[:3], tmp_path / "whole", *first[4:]], **SMALL)[0] is None
+    assert run(one, first, **SMALL, stop_after=2)[0] == "stopped"
+    assert one.run(workers.removed_until, [*made, "bytes"], "tokenizer")[0] == "killed"
+    assert (aside / "plan.json").exists() and (aside / "tokenizer").exists()
+    error, said = run(one, first, **SMALL)
+    assert error is None and "going on" not in said
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@slow
+@pytest.mark.steps(3, 3)
+def test_a_folder_that_lacks_something_is_an_error_and_one_text_of_it_a_name(
+    world, step_dir, raw, tmp_path
+):
+    one, out = world(step_dir), tmp_path / "out"
+    made = ["--output_dir", out, "--tokenizer_type", "bpe", "--vocab_size", 280]
+    assert run(one, ["--input_dir", raw, *made])[0] is None
+    _, vocab_size, parts = one.run(workers.loaded, out / "0_raw")[0]
+    assert vocab_size == 280 and parts == {f"{out}/0_raw": 1}
+    for other in (f"{out}/", f"{out}/0_raw"):
+        assert "in the mix twice" in one.run(workers.loaded, f"{out}:0.5,{other}:0.5")[0]
+    for name in ("tokenizer/tokenizer.json", "0_raw/about.json", "0_raw/tokens_00000.npy"):
+        there = (out / name).read_bytes()
+        for content in (there[:-9], None):
+            (out / name).unlink()
+            if content is not None:
+                (out / name).write_bytes(content)
+            error = one.run(workers.loaded, out)[0]
+            assert f"{name.removeprefix('0_raw/')} is not as prepare.py wrote it" in error
+            (out / name).write_bytes(there)
+    raw.with_name("mine").mkdir()
+    (raw.with_name("mine") / "a.txt").write_text(TEXT)
+    for foreign in ('{"prepared": "2024"}', '["prepared"]', '"prepared"', "[" * 30000):
+        (raw.with_name("mine") / "metadata.json").write_text(foreign)
+        error = one.run(workers.loaded, raw.with_name("mine"))[0]
+        assert "together; name one kind" in error  # texts and JSON: no prepared folder
+
+
 WRONG = {
     "--input_dir nowhere/at/all --tokenizer_type bpe": ("--input_dir", "no such file"),
     "--input_dir RAW": ("--tokenizer_type", "choose one of"),
     "--input_dir RAW --tokenizer_type bytes --vocab_size 300": ("--vocab_size", "leave it out"),
     "--input_dir RAW --tokenizer_type bpe --vocab_size 200": ("--vocab_size 200", "257"),
     "--input_dir RAW --tokenizer_type bpe --tokenizer_name bytes": ("--tokenizer_name", "one out"),
+    "--input_dir RAW --tokenizer_type wordpiece --vocab_size 9": ("--vocab_size 9", "letters"),
     "--input_dir RAW:0.5,b --tokenizer_type bpe": ("--input_dir", "weight"),
     "--input_dir RAW --tokenizer_type bpe --text_columns x": ("--text_columns", "--help"),
 }

@@ -60,6 +60,33 @@ def named(names):
     return [parts_of(weights_of(name), name) for name in names]
 
 
+def refused(name):
+    """What is said of a mix that is an error."""
+    from errors import UserError
+    from text_names import parts_of, weights_of
+
+    try:
+        return str(parts_of(weights_of(name), name))
+    except UserError as error:
+        return str(error)
+
+
+def sizes(argv):
+    """(tokens, bytes a token) of each text of a run."""
+    import torch
+
+    import process_group as pg
+    import train
+
+    args = train.parse_args(argv)
+    pg.init_processes("cpu")
+    try:
+        texts = train.load_texts(args, pg.Mesh(dp=1).world, torch.device("cpu"))
+        return [(len(text.tokens), text.bytes_per_token) for text in texts]
+    finally:
+        pg.finish()
+
+
 def reported(losses, parts, sizes):
     from held_out import held_out_metrics, readable_held_out
 

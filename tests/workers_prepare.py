@@ -33,6 +33,24 @@ def prepare(argv, shard_bytes=2**28, stop_after=None):
     return error, said.getvalue()
 
 
+def removed_until(argv, name):
+    """A call that is killed when it is to remove a folder of that name: "killed"."""
+    import prepare
+
+    remove = prepare.shutil.rmtree
+
+    def removing(path, *rest, **options):
+        if path.name == name:
+            raise KeyboardInterrupt
+        remove(path, *rest, **options)
+
+    try:
+        with patch.object(prepare.shutil, "rmtree", removing):
+            prepare.main(prepare.parse_args([str(part) for part in argv]))
+    except KeyboardInterrupt:
+        return "killed"
+
+
 def loaded(name, *flags):
     """[(tokens, held out or None, about)] of the texts of a run, its vocabulary; or an error."""
     import torch
