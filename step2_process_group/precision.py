@@ -1,8 +1,8 @@
 """Half precision: which dtypes go together, and the loss scale that float16 needs.
 
-The smallest number of float16 is 2^-24, the largest is 65504. Many gradients are smaller than that,
-and would be zero. So the loss is multiplied by a scale before it goes backward, and with it every
-gradient. A power of two changes no digit of a number.
+The smallest number of float16 is 2^-24, the largest is 65504. Many gradients are below the
+smallest, and would be zero. So the loss is multiplied by a scale before it goes backward, and with
+it every gradient. A power of two changes no digit of a number.
 
 Source: mixed precision training (arXiv:1710.03740), sections 3.1 and 3.2.
 """
@@ -52,7 +52,7 @@ class LossScale:
         """Let the optimizer update the weights, or do nothing if the norm is not finite.
 
         grad_norm: a float64 scalar on the device. The host need not know it yet: a fused optimizer
-        divides each gradient by one tensor, and does nothing if another one is not zero.
+        divides each gradient by `grad_scale`, and does nothing if `found_inf` is not zero.
         """
         if self.dynamic:
             optimizer.grad_scale = torch.full_like(grad_norm, self.value, dtype=torch.float32)
@@ -63,7 +63,8 @@ class LossScale:
     def update(self, optimizer, grad_norm):
         """Choose the next scale, once the host knows the norm; returns what is reported of a step.
 
-        loss_scale, that of the step; skipped. With a scale below 1 no step can be skipped any more.
+        loss_scale, that of the step; skipped. If the scale falls below 1, the step is not reported
+        as skipped, so `train_step` raises.
         """
         if not self.dynamic:
             return {}
