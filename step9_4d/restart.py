@@ -30,7 +30,7 @@ class Kind(NamedTuple):
 
     weights: str  # all, none, or fitting
     averages: bool  # what the optimizer keeps of each weight
-    goes_on: bool  # in steps and data; otherwise both begin anew
+    goes_on: bool  # in steps, data and loss scale; otherwise these begin anew
     same: tuple  # how the names of what must be the same in both runs begin
     noted: tuple = ("dtype", "weights_dtype")  # flags whose change is said
 
