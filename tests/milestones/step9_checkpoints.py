@@ -5,6 +5,7 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 from same import same
 from step9_runs import begun, notes, refused, world_group
@@ -195,8 +196,6 @@ def trained(flags, steps, save_to=None, resume=None):
 
 def what_is_the_same(folder):
     """compare, identity and listen, in one process."""
-    import numpy as np
-
     import checkpoint
 
     state = begun("", checkpoint_dir=str(folder))
