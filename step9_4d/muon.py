@@ -92,7 +92,7 @@ class Muon(optim.Optimizer):
     def send(self, number):
         """Start to send the directions of a bucket to the owners; see `Owners.send`."""
         if self.owners is None or number == len(self.owners.buckets):
-            return dict
+            return dict  # returns an empty one: nothing will come
         names = [name for name, _ in self.owners.buckets[number] if name in self.matrices]
         directions = {name: self.direction(*self.matrices[name]) for name in names}
         return self.owners.send(number, directions, self.like)

@@ -85,8 +85,9 @@ class Owners:
     def deal(self, bucket):
         """Choose an owner for each matrix, the costliest first.
 
-        It is the rank that holds the most of it, which need not travel then, among those for which
-        it is not more than their share of the work. If there is none, that with the least work.
+        A rank has room for it if that does not make its work more than an equal share. Of those
+        with room, the owner is the rank that holds the most of the matrix: this part need not
+        travel. If no rank has room, the owner is the one with the least work.
         """
         ranks = range(self.group.size)
         share = (sum(self.loads) + sum(matrix.cost for matrix in bucket)) / len(ranks)

@@ -40,6 +40,11 @@ def test_muon_in_each_layout(step_dir, train_on, layout):
 
 
 TINY = "--hidden_size 8 --num_attention_heads 2 --num_key_value_heads 1 --num_hidden_layers 1"
+THREES = (
+    "--hidden_size 48 --num_attention_heads 6 --num_key_value_heads 3 --seq_len 36 "
+    "--tie_word_embeddings yes"
+)
+UNEVEN = "--pp_size 2 --pp_engine interleaved --dp_size 2 --dp_engine zero2"
 
 
 @pytest.mark.slow
@@ -52,11 +57,19 @@ TINY = "--hidden_size 8 --num_attention_heads 2 --num_key_value_heads 1 --num_hi
         ("", "--tp_size 2 --cp_size 2 --pp_size 2 --dp_engine zero1"),
         (TINY, "--dp_size 8 --dp_engine bucket"),  # more ranks than matrices
         (TINY, "--dp_size 8 --dp_engine zero1"),
+        (THREES, "--tp_size 3 --sequence_parallel"),
+        ("--seq_len 36", "--cp_size 3 --dp_engine zero2"),
+        ("--num_hidden_layers 5", UNEVEN),
+        (
+            '--optimizer_args {"momentum":0}',
+            "--tp_size 2 --cp_size 2 --dp_engine zero3 --activation_checkpointing",
+        ),
     ],
 )
 def test_more_of_muon(step_dir, train_on, shape, layout):
-    one = train_on(step_dir, 1, MUON + batch(shape, 1), 3)
-    argv = MUON + batch(f"{layout} {shape}", 1)
+    micro_batches = 2 if "interleaved" in layout else 1
+    one = train_on(step_dir, 1, MUON + batch(shape, micro_batches), 3)
+    argv = MUON + batch(f"{layout} {shape}", micro_batches)
     train_on(step_dir, ranks_of(layout), argv, 3).assert_same_as(one)
 
 
@@ -198,6 +211,13 @@ def test_how_much_five_iterations_enlarge_a_change(step_dir, worlds):
     world = worlds(step_dir, 1)
     full, low = (world.run(workers_muon.slope, 64, 96, rank, 1e-13)[0] for rank in (64, 8))
     assert full < 100 < 300 < low < STEEPEST * 1.01, (full, low)
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e-12])
+def test_a_gradient_that_is_only_rounding_stays_small(step_dir, worlds, size):
+    """As that of q_proj where a sequence has one token. A norm counts as 1e-7 at least."""
+    (found,) = worlds(step_dir, 1).run(workers_muon.made_of_rounding, 64, 96, size)
+    assert 0 < found <= STEEPEST * size / 1e-7
 
 
 WRONG = {

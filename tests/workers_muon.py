@@ -87,3 +87,14 @@ def singular_values(rows, columns, low):
     found = newton_schulz(u * values @ v)
     inside = u.T @ found @ v.T  # diagonal if the singular vectors are the same
     return inside.diag().min().item(), inside.diag().max().item(), inside.fill_diagonal_(0).norm()
+
+
+def made_of_rounding(rows, columns, size):
+    """The norm of what five iterations make of a matrix that has so small a norm."""
+    import torch
+
+    from muon import newton_schulz
+
+    torch.manual_seed(0)
+    matrix = torch.randn(rows, columns, dtype=torch.float64)
+    return newton_schulz(size * matrix / matrix.norm()).norm().item()

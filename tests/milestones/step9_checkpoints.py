@@ -5,6 +5,7 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 from same import same
 from step9_runs import begun, notes, refused, world_group
@@ -195,8 +196,6 @@ def trained(flags, steps, save_to=None, resume=None):
 
 def what_is_the_same(folder):
     """compare, identity and listen, in one process."""
-    import numpy as np
-
     import checkpoint
 
     state = begun("", checkpoint_dir=str(folder))
@@ -206,7 +205,9 @@ def what_is_the_same(folder):
         assert heard, f"listen: {number.name} should ask for a stop"
     os.kill(os.getpid(), signal.SIGUSR1)
     assert state.asked_to_stop == signal.SIGUSR1, "listen: a signal is remembered by its number"
-    one, other = (checkpoint.identity(np.arange(n, n + 5, dtype=np.uint8)) for n in (0, 1))
+    abouts = ({"tokens": 5, "held_out": 1, "sha256": digit * 64} for digit in "ab")
+    texts = [SimpleNamespace(part=1.0, about=about) for about in abouts]
+    one, other = (checkpoint.identity([text]) for text in texts)
     assert one["tokens"] == 5 and one != other, "identity should tell data apart by their content"
     flags = {"seed": 3, "seq_len": 16, "micro_batch_size": 2, "gradient_accumulation_steps": 1}
     flags |= {"stride": 0, "optimizer": "adamw", "optimizer_args": "{}"}
