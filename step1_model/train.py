@@ -17,6 +17,7 @@ from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm
 from precision import LossScale
+from profiling import record_memory, reported, watched
 
 
 @dataclass
@@ -36,6 +37,7 @@ class State:
 def setup(args):
     """Build everything a run needs; the state before its first step."""
     device = torch.device(args.device)
+    record_memory(args)
 
     with torch.device("meta"):  # no memory yet: a rank will hold only its own part
         model = Llama(args.config, DTYPES[args.dtype], args.activation_checkpointing)
@@ -71,6 +73,7 @@ def forward_backward(state):
     return loss.detach() / scale
 
 
+@watched
 def train_step(state):
     """One update of the weights; returns what is reported of it.
 
@@ -111,6 +114,7 @@ def train_step(state):
     }
 
 
+@reported
 def main(args):
     state = setup(args)
     metrics = Metrics(args, state.device, flops_per_token(state.model, args.seq_len))

@@ -19,6 +19,7 @@ from metrics import Metrics, flops_per_token, peak_memory_gb
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm
 from precision import LossScale
+from profiling import record_memory, reported, watched
 from started import together, world_size
 from traffic import predicted_traffic
 
@@ -41,6 +42,7 @@ class State:
 def setup(args):
     """Build everything a run needs; the state before its first step."""
     device = pg.init_processes(args.device)
+    record_memory(args)
     mesh = pg.Mesh(dp=world_size())
 
     with torch.device("meta"):  # no memory yet: a rank will hold only its own part
@@ -77,6 +79,7 @@ def forward_backward(state):
     return loss.detach() / scale
 
 
+@watched
 def train_step(state):
     """One update of the weights; returns what is reported of it.
 
@@ -118,6 +121,7 @@ def train_step(state):
 
 
 @together
+@reported
 def main(args):
     state = setup(args)
     world, flops = state.mesh.world, flops_per_token(state.model, args.seq_len)

@@ -1,4 +1,4 @@
-"""What a step reports: a readable line, a line of JSON, and Weights & Biases if asked."""
+"""What a step reports: a readable line, a line of JSON, and curves elsewhere if asked."""
 
 import resource
 import sys
@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from errors import UserError, in_one_line
+from errors import UserError, in_one_line, note
 from metrics_file import MetricsFile
 
 # Dense bfloat16 FLOP/s by what the GPU's name contains; from the vendors' data sheets.
@@ -50,7 +50,7 @@ class Metrics:
         self.devices = devices
         self.flops_per_token = flops_per_token
         self.peak = peak_flops(device)
-        self.args, self.file, self.wandb = args, None, None
+        self.args, self.file, self.wandb, self.board = args, None, None, None
         self.tokens = 0
         self.clock = time.perf_counter()
 
@@ -69,6 +69,8 @@ class Metrics:
             except wandb.Error as error:
                 words = in_one_line(error)
                 raise UserError(f"--use_wandb: {words} (or set WANDB_MODE=offline)") from None
+        if args.use_tensorboard:
+            self.board = Board(args.use_tensorboard, first_step=1)
 
     def log(self, metrics):
         """Report what `train_step` returned, with tokens/s and MFU since the last call."""
@@ -87,6 +89,8 @@ class Metrics:
             self.file.write(metrics)
         if self.wandb:
             self.wandb.log(metrics, step=metrics["step"])
+        if self.board:
+            self.board.write(metrics)
 
     def close(self):
         """End what the numbers go to; raises UserError where some of them found no room."""
@@ -94,6 +98,38 @@ class Metrics:
             self.wandb.finish()
         if self.file:
             self.file.close()
+        if self.board:
+            self.board.close()
+
+
+class Board:
+    """The numbers of a run as curves, in a folder of TensorBoard."""
+
+    def __init__(self, folder, first_step):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder, self.failed = folder, None
+        # A reader of the folder forgets what another start wrote of this step and later ones.
+        self.writer = SummaryWriter(folder, purge_step=first_step, flush_secs=10)
+
+    def write(self, metrics):
+        """Add a point to each curve. A disk that is full ends the curves, but not the training."""
+        try:
+            for name, number in metrics.items():
+                if name != "step" and number is not None and not self.failed:
+                    self.writer.add_scalar(name, number, metrics["step"])
+        except OSError as error:
+            note(f"--use_tensorboard {self.folder}: {error.strerror}; training goes on")
+            self.failed = error
+
+    def close(self):
+        try:
+            self.writer.close()
+        except OSError as error:
+            self.failed = error
+        if self.failed:
+            why = self.failed.strerror
+            raise UserError(f"--use_tensorboard {self.folder}: {why}; the curves end too early")
 
 
 def readable(metrics):

@@ -18,6 +18,7 @@ from learning_rate import WAYS_DOWN, check_schedule
 from metrics_file import check_metrics_file
 from precision import check_precision
 from presets import load_config
+from profiling import check_reports
 from started import check_world
 from text_names import choose_texts
 from torch_optimizers import choose_optimizer
@@ -83,6 +84,11 @@ def parse_args(argv):
     parser.add_argument("--use_wandb", action="store_true")
     parser.add_argument("--comm_ledger", action="store_true", help="count one step's traffic")
     parser.add_argument("--metrics_file", help="one line of JSON a step goes here")
+    parser.add_argument("--use_tensorboard", help="curves for TensorBoard go to this folder")
+    parser.add_argument("--profile", help="A:B, record these steps; traces go to --profile_dir")
+    parser.add_argument("--profile_dir", default="profile", help="a trace a rank goes here")
+    parser.add_argument("--memory_snapshot", help="what takes memory on CUDA goes to this folder")
+    parser.add_argument("--detect_anomaly", action="store_true", help="find where a NaN begins")
     args = parser.parse_args(argv)
     args.flags = dict(vars(args))  # as they were given
 
@@ -105,6 +111,7 @@ def parse_args(argv):
     args.tokens_per_step = sequences * args.seq_len
     args.total_steps = -(-args.max_tokens // args.tokens_per_step)  # rounded up
     check_schedule(args)
+    check_reports(args)
     return args
 
 

@@ -24,6 +24,7 @@ from mixes import batches, load_texts, parts_of
 from model import Llama, materialize
 from optimizer import build_optimizer, clip_gradients, gradient_norm
 from precision import LossScale
+from profiling import record_memory, reported, watched
 from started import together
 from tensor_parallel import apply_tensor_parallel
 from traffic import predicted_traffic
@@ -49,6 +50,7 @@ class State:
 def setup(args):
     """Build everything a run needs; the state before its first step."""
     device = pg.init_processes(args.device)
+    record_memory(args)
     mesh = pg.Mesh(tp=args.tp_size, cp=args.cp_size, dp=args.dp_size)
     # Before the model: it may find a wrong name.
     texts = load_texts(args, mesh.world, device)
@@ -115,6 +117,7 @@ def evaluate(state):
     return found
 
 
+@watched
 def train_step(state):
     """One update of the weights; returns what is reported of it.
 
@@ -158,6 +161,7 @@ def train_step(state):
 
 
 @together
+@reported
 def main(args):
     state = setup(args)
     world, flops = state.mesh.world, flops_per_token(state.model, args.seq_len)

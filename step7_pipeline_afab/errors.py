@@ -45,6 +45,15 @@ def check_writable(flag, path):
         raise UserError(f"{flag} {path!r}: {error.strerror}; name a file to write") from None
 
 
+def check_folder(flag, path):
+    """Raise UserError unless a flag's folder can be made, and files in it."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"{flag} {path!r}: {error.strerror}; name a folder to write to") from None
+
+
 def stop(error):
     """Print the one line and exit with code 2, before other libraries add words of their own."""
     if RANK > 0:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 import process_group as pg
+import profiling
 from errors import UserError
 
 
@@ -36,12 +37,13 @@ class Timeline:
 
     @contextlib.contextmanager
     def span(self, name):
-        if not self.path:
+        with profiling.span(name):
+            if not self.path:
+                yield
+                return
+            start = self.now()
             yield
-            return
-        start = self.now()
-        yield
-        self.spans.append((name, start, self.now()))
+            self.spans.append((name, start, self.now()))
 
     def seconds(self, moment):
         """What `now` returned, in seconds on the clock of the machine."""

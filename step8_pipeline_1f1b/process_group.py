@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed import ReduceOp
 
 from ledger import record
+from profiling import span
 from started import check_port
 
 AXES = ("pp", "dp", "cp", "tp")  # slowest first
@@ -122,10 +123,11 @@ class Mesh:
             ranks = next(line for line in lines if self.rank in line)
             # By default all ranks must make all groups, and wait for the whole world each time.
             # This way a rank makes the groups that it is in, and waits for their ranks only.
-            pointer = None
+            pointer, name = None, "_".join(axes)
             if len(ranks) > 1:
-                pointer = weakref.ref(dist.new_group(ranks, use_local_synchronization=True))
-            self.groups[axes] = Group("_".join(axes), tuple(ranks), ranks.index(self.rank), pointer)
+                options = {"use_local_synchronization": True, "group_desc": name}
+                pointer = weakref.ref(dist.new_group(ranks, **options))
+            self.groups[axes] = Group(name, tuple(ranks), ranks.index(self.rank), pointer)
         return self.groups[axes]
 
     def __str__(self):
@@ -162,8 +164,8 @@ def all_reduce(x, group, op=ReduceOp.SUM, async_op=False):
     assert_contiguous("all_reduce", x)
     if group.size == 1:
         return Done() if async_op else x
-    record(group.axis, "all_reduce", x.nbytes)
-    work = dist.all_reduce(x, op=op, group=group.handle, async_op=async_op)
+    with record(group.axis, "all_reduce", x.nbytes):
+        work = dist.all_reduce(x, op=op, group=group.handle, async_op=async_op)
     return work if async_op else x
 
 
@@ -178,8 +180,8 @@ def all_gather(x, group, out=None, async_op=False):
     if out is None:
         out = x if group.size == 1 else x.new_empty(group.size * x.shape[0], *x.shape[1:])
     if group.size > 1:
-        record(group.axis, "all_gather", out.nbytes)
-        work = gather_into(out, x, group=group.handle, async_op=async_op)
+        with record(group.axis, "all_gather", out.nbytes):
+            work = gather_into(out, x, group=group.handle, async_op=async_op)
     return (out, work) if async_op else out
 
 
@@ -193,8 +195,8 @@ def reduce_scatter(x, group, async_op=False):
     if group.size > 1:
         assert x.shape[0] % group.size == 0, f"{x.shape[0]} rows for {group.size} ranks"
         out = x.new_empty(x.shape[0] // group.size, *x.shape[1:])
-        record(group.axis, "reduce_scatter", x.nbytes)
-        work = scatter_into(out, x, group=group.handle, async_op=async_op)
+        with record(group.axis, "reduce_scatter", x.nbytes):
+            work = scatter_into(out, x, group=group.handle, async_op=async_op)
     return (out, work) if async_op else out
 
 
@@ -202,8 +204,8 @@ def broadcast(x, group, source=0):
     """Overwrite x, on every rank, with the x of the rank at place `source` of the group."""
     assert_contiguous("broadcast", x)
     if group.size > 1:
-        record(group.axis, "broadcast", x.nbytes)
-        dist.broadcast(x, group=group.handle, src=group.ranks[source])
+        with record(group.axis, "broadcast", x.nbytes):
+            dist.broadcast(x, group=group.handle, src=group.ranks[source])
     return x
 
 
@@ -224,7 +226,8 @@ def exchange(group, send=(), receive=()):
             operations.append(dist.P2POp(collective, x, peer, group.handle))
     for x, _ in send:
         record(group.axis, "send", x.nbytes)
-    return dist.batch_isend_irecv(operations) if operations else []
+    with span(f"exchange {group.axis}"):
+        return dist.batch_isend_irecv(operations) if operations else []
 
 
 def from_first(group, make):

@@ -23,6 +23,7 @@ from learning_rate import WAYS_DOWN, check_schedule
 from metrics_file import check_metrics_file
 from muon import Muon
 from precision import check_precision
+from profiling import check_reports
 from restart import KINDS, choose_restart, cool_down, say_what_changes
 from started import check_world
 from text_names import choose_texts
@@ -106,6 +107,11 @@ def parse_args(argv):
     parser.add_argument("--comm_ledger", action="store_true", help="count one step's traffic")
     parser.add_argument("--timeline", help="a trace of what each rank did when goes here")
     parser.add_argument("--metrics_file", help="one line of JSON a step goes here")
+    parser.add_argument("--use_tensorboard", help="curves for TensorBoard go to this folder")
+    parser.add_argument("--profile", help="A:B, record these steps; traces go to --profile_dir")
+    parser.add_argument("--profile_dir", default="profile", help="a trace a rank goes here")
+    parser.add_argument("--memory_snapshot", help="what takes memory on CUDA goes to this folder")
+    parser.add_argument("--detect_anomaly", action="store_true", help="find where a NaN begins")
     args = parse_with_file(parser, argv)
 
     if args.recompute_elementwise and not args.compile:
@@ -138,6 +144,7 @@ def parse_args(argv):
         say_what_changes(args)
         cool_down(args)
     check_schedule(args)
+    check_reports(args)
     return args
 
 

@@ -32,6 +32,7 @@ from muon import build_optimizer
 from optimizer import clip_gradients, gradient_norm
 from pipeline_parallel import Stage, apply_pipeline_parallel, sum_shared_gradients
 from precision import LossScale
+from profiling import record_memory, reported, watched
 from restart import chosen
 from started import together
 from tensor_parallel import apply_tensor_parallel
@@ -62,6 +63,7 @@ class State:
 def setup(args):
     """Build everything a run needs; the state before its first step."""
     device = pg.init_processes(args.device)
+    record_memory(args)
     mesh = pg.Mesh(args.tp_size, args.cp_size, args.dp_size, args.pp_size)
     # Before the model: it may find a wrong name.
     texts = load_texts(args, mesh.world, device)
@@ -134,6 +136,7 @@ def evaluate(state):
     return found
 
 
+@watched
 def train_step(state):
     """One update of the weights; returns what is reported of it.
 
@@ -180,6 +183,7 @@ def train_step(state):
 
 @together
 @alone
+@reported
 def main(args):
     state = setup(args)
     listen(state)

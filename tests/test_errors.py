@@ -56,6 +56,13 @@ STEP1 = {
         "loss scale fell below 1",
         "--dtype bfloat16",
     ),
+    "--profile 2": ("--profile 2", "2:3"),
+    "--profile 3:2": ("--profile 3:2", "from 1 to"),
+    "--profile 1:99999": ("--profile 1:99999", "from 1 to"),
+    "--profile 1:1 --profile_dir {tmp}/a.txt": ("--profile_dir", "a.txt", "folder"),
+    "--memory_snapshot {tmp}/m": ("--memory_snapshot", "--device cpu", "CUDA"),
+    "--detect_anomaly --compile aot_eager": ("--detect_anomaly", "--compile"),
+    "--use_tensorboard {tmp}/a.txt": ("--use_tensorboard", "a.txt"),
 }
 STEP1_ONLY = {"--vocab_size 100": ("--vocab_size 100", "256")}
 UNTIL_STEP8 = {"--optimizer Muon": ("--optimizer muon", "whole matrices", "adamw")}

@@ -143,7 +143,9 @@ def metrics_up_to(folder):
     for step, kept in ((0, 0), (1, 1), (2, 2), (3, 2)):
         found, due = metrics_file.bytes_up_to(path, step), len("".join(lines[:kept]))
         assert found == due, f"bytes_up_to(…, {step}) is {found}; {kept} whole lines have {due}"
-    args = SimpleNamespace(metrics_file=str(path), use_wandb=False, flags={}, tokens_per_step=7)
+    args = SimpleNamespace(
+        metrics_file=str(path), use_wandb=False, use_tensorboard=None, flags={}, tokens_per_step=7
+    )
     reports = Metrics(args, torch.device("cpu"), 1.0, 1)
     reports.open(1)
     assert reports.tokens == 7, "Metrics.open: a run that goes on from step 1 trained on its tokens"

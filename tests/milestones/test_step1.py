@@ -6,6 +6,7 @@ import workers_step1 as workers
 import workers_step1_optimizers as optimizers
 import workers_step1_pages as pages
 import workers_step1_precision as precision
+import workers_step1_profiles as profiles
 from harness import World
 from launch import launch
 from same import same
@@ -193,6 +194,12 @@ def test_what_is_reported_of_a_step(step_dir, worlds, tmp_path):
     worlds(step_dir, 1).run(pages.metrics, str(tmp_path / "metrics.jsonl"))
 
 
+@pytest.mark.milestone(1, 10)
+def test_curves(step_dir, worlds, tmp_path):
+    pytest.importorskip("tensorboard")
+    worlds(step_dir, 1).run(profiles.board, tmp_path)
+
+
 # --- 11. and 12. OPTIMIZERS.md --------------------------------------------------------------------
 
 
@@ -220,3 +227,17 @@ def test_dtypes_that_go_together(step_dir, worlds):
 @pytest.mark.parametrize("check", ["updates", "first_step", "up_and_down"])
 def test_the_loss_scale(step_dir, worlds, check):
     worlds(step_dir, 1).run(getattr(precision, check))
+
+
+# --- 15. and 16. PROFILES.md ----------------------------------------------------------------------
+
+
+@pytest.mark.milestone(1, 15)
+def test_traces(step_dir, worlds, tmp_path):
+    worlds(step_dir, 1).run(profiles.refused, tmp_path)
+    worlds(step_dir, 1).run(profiles.traces, tmp_path)
+
+
+@pytest.mark.milestone(1, 16)
+def test_where_a_nan_begins(step_dir, worlds):
+    worlds(step_dir, 1).run(profiles.nans)

@@ -164,7 +164,7 @@ def metrics(path):
             found = peak_flops(torch.device("cuda"))
         assert found == due, f"peak_flops of a GPU called {name} is {found}; it should be {due}"
     assert peak_flops(torch.device("cpu")) is None, "peak_flops of a CPU should be None"
-    args = SimpleNamespace(metrics_file=path, use_wandb=False, run_name=None, flags={})
+    args = SimpleNamespace(metrics_file=path, use_wandb=False, use_tensorboard=None, flags={})
     report = Metrics(args, torch.device("cpu"), 2e9)
     report.peak = 1e12  # as if it were known
     report.open()
