@@ -25,6 +25,7 @@ from errors import UserError, note
 from presets import preset, special_tokens
 from resharding import all_finite, read_tensors, scalars_of, tensors_of, write_tensors
 from run_directory import checkpoints, find, newest_sound, own, read_about
+from stream_places import go_on, places_after
 
 MODEL_FIELDS = sorted(vars(preset("debug")))  # of a configuration
 # What makes a run another one, but may be meant.
@@ -87,7 +88,7 @@ def choose_checkpoint(args):
 def compare(args, about):
     """Raise UserError, with both values, where a checkpoint's run is not this one."""
     there, here = {**args.flags, **about["flags"]}, args.flags  # an older one may lack a flag
-    same = ("seed", "seq_len", "stride", "optimizer", "optimizer_args")
+    same = ("seed", "seq_len", "stride", "streaming", "optimizer", "optimizer_args")
     pairs = [(f"--{name}", there[name], here[name]) for name in same]
     batch = ["micro_batch_size", "gradient_accumulation_steps", "dp_size"]
     pairs.append((
@@ -183,7 +184,8 @@ def save(state):
         if not all(pg.from_all(state.mesh.world, aside.is_dir)):
             raise UserError(f"--checkpoint_dir {directory}: name one that all hosts share")
         files = write_tensors(tensors, aside, state.mesh.world)
-        on_first(state, lambda: complete(state, files, aside))
+        places = places_after(state)
+        on_first(state, lambda: complete(state, files, places, aside))
     except (OSError, UserError) as error:
         if state.mesh.world.is_first:
             shutil.rmtree(aside, ignore_errors=True)
@@ -199,7 +201,7 @@ def begin(state):
     return run_directory.begin(state.args.checkpoint_dir, state.step)
 
 
-def about_of(state, files, others):
+def about_of(state, files, others, places=None):
     """What a checkpoint says of itself: its files with their checksums, and of which run it is."""
     args = state.args
     return {
@@ -212,17 +214,18 @@ def about_of(state, files, others):
         "loss_scale": state.loss_scale.saved(),
         "model": model_fields(args.config),
         "data": args.data,
+        "stream": places,
         "scalars": scalars_of(state.optimizer, state.parameters),
         "files": files,
         "others": others,
     }
 
 
-def complete(state, files, aside):
+def complete(state, files, places, aside):
     """On the first rank: all that makes a directory of tensors a checkpoint with a name."""
     args, directory = state.args, Path(state.args.checkpoint_dir)
     others = run_directory.write_tokenizer(tokenizer_of(args), aside)
-    run_directory.write_about(aside, about_of(state, files, others))
+    run_directory.write_about(aside, about_of(state, files, others, places))
     if args.lock is not None:
         args.lock.check()
     run_directory.complete(aside, directory, state.step)
@@ -275,6 +278,7 @@ def load(state):
     compare_data(args, args.resumed)
     state.engine.finish_update()
     state.step = args.resumed["step"]
+    go_on(state)
     scalars = args.resumed.get("scalars", {"step": state.step})  # older ones are AdamW's
     for entry in state.optimizer.state.values():
         for name, value in scalars.items():
