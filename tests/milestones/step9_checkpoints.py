@@ -209,7 +209,7 @@ def what_is_the_same(folder):
     one, other = (checkpoint.identity(np.arange(n, n + 5, dtype=np.uint8)) for n in (0, 1))
     assert one["tokens"] == 5 and one != other, "identity should tell data apart by their content"
     flags = {"seed": 3, "seq_len": 16, "micro_batch_size": 2, "gradient_accumulation_steps": 1}
-    flags |= {"stride": 0, "optimizer": "adamw", "optimizer_args": "{}"}
+    flags |= {"stride": 0, "streaming": False, "optimizer": "adamw", "optimizer_args": "{}"}
     flags |= {"dp_size": 1, **dict.fromkeys(checkpoint.MAY_CHANGE)}
     model = checkpoint.model_fields(state.args.config)
     about = {"flags": flags, "model": dict(model), "tokenizer": "bytes"}
