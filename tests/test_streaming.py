@@ -318,19 +318,34 @@ def test_other_files_begin_anew(step_dir, worlds, tmp_path, data):
 # --- what goes wrong, and the end -----------------------------------------------------------------
 
 
-@pytest.mark.steps(3)
+def breaks_late(folder):
+    """Flags of a run on a file with a line that is wrong, and is read when the model trains."""
+    good, bad = lines(texts(900)), b'{"text": 7}\n'
+    (folder / "a.jsonl").write_bytes(good + bad + good)
+    flags = f"--streaming --dataset_name {folder} --seq_len 16 --num_hidden_layers 2 "
+    return flags + "--eval_tokens 16 --micro_batch_size 64"
+
+
+@pytest.mark.steps(3, 6)
 @pytest.mark.sampled(only=True)
 def test_an_error_of_the_thread_is_one_line(step_dir, worlds, tmp_path):
-    """In a file that is read when the model trains already; all steps before are trained."""
-    good, bad = lines(texts(900)), b'{"text": 7}\n'
-    (tmp_path / "a.jsonl").write_bytes(good + bad + good)
-    argv = f"--streaming --dataset_name {tmp_path} --seq_len 16 --num_hidden_layers 1 "
-    argv += "--micro_batch_size 64" + on_two(step_dir)
+    argv = breaks_late(tmp_path) + on_two(step_dir)
     for said, step in worlds(step_dir, ranks_of(argv)).run(
         workers_streaming.refusal_of_training, argv, 60
     ):
         assert said and said.startswith("--text_column text: ") and "\n" not in said
         assert "a.jsonl, line 901: no text there but int64" in said and step > 3
+
+
+@slow
+@pytest.mark.steps(9)
+@pytest.mark.parametrize("layout", ["--pp_size 2", "--dp_size 2", "--tp_size 2"])
+def test_an_error_of_the_thread_ends_all_ranks(step_dir, tmp_path, layout):
+    result = launch(step_dir, f"{breaks_late(tmp_path)} {layout}", timeout=120)
+    said = "".join(result.errors).splitlines()
+    assert result.code != 0 and len(result.metrics) > 3
+    assert len(said) == 1 and said[0].startswith("error: --text_column text: "), said
+    assert "a.jsonl, line 901" in said[0]
 
 
 @pytest.mark.steps(3)
@@ -342,10 +357,9 @@ def test_the_thread_ends_with_its_batches(step_dir, worlds, data):
 
 
 @slow
-@pytest.mark.steps(3)
-@pytest.mark.sampled(only=True)
+@pytest.mark.steps(9)
 def test_a_run_comes_to_its_end(step_dir):
-    flags = "--streaming --max_tokens 4096 --num_hidden_layers 1"
+    flags = "--streaming --max_tokens 4096 --num_hidden_layers 2"
     result = launch(step_dir, flags + on_two(step_dir), timeout=120)
     assert result.code == 0 and "held-out loss" in result.out
-    assert len(result.metrics) == 8 and not "".join(result.errors).strip()
+    assert result.metrics[-1]["tokens"] == 4096 and not "".join(result.errors).strip()
