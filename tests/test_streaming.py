@@ -274,7 +274,12 @@ def test_the_same_layout_goes_on_bit_for_bit(step_dir, worlds, tmp_path, data, l
     argv += f"--checkpoint_dir {tmp_path / 'run'} --save_every 1 "
     first, _ = train(worlds, step_dir, argv, until=5)
     middle, _ = train(worlds, step_dir, argv + "--resume auto", until=10)
-    rest, final = train(worlds, step_dir, argv + "--resume auto")
+    resumed = argv + "--resume auto"
+    for places, due in worlds(step_dir, ranks_of(layout)).run(
+        workers_streaming.places_gone_on, resumed
+    ):
+        assert places == due, "or all is read from the beginning again"
+    rest, final = train(worlds, step_dir, resumed)
     assert first + middle + rest == numbers
     assert_close(weights, final, "final weight", tolerance=0)
 

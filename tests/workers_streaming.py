@@ -120,3 +120,17 @@ def waited(argv, steps):
     del state
     gc.collect()
     return during, threading.active_count() - before, seconds
+
+
+def places_gone_on(argv):
+    """(places from which the shards of a resumed run go on, those of a run that never stopped)."""
+    import streaming
+
+    state = build(argv)
+    stream, position = state.data.stream, state.step * state.data.order.batch_size
+    whole = streaming.Stream(stream.source, stream.tokens_of, stream.seq_len, 1.0)
+    for earlier in range(position):
+        whole.sequence(earlier)
+    numbers = [streaming.first_in(shard, position) for shard in range(streaming.SHARDS)]
+    due = [{number: tuple(whole.known[shard][number])} for shard, number in enumerate(numbers)]
+    return [{number: tuple(own[number]) for number in own} for own in stream.known], due
