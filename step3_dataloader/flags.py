@@ -11,9 +11,11 @@ from errors import (
     UserError,
     non_negative_float,
     non_negative_int,
+    note,
     positive_float,
     positive_int,
 )
+from files import local_files, shown
 from learning_rate import WAYS_DOWN, check_schedule
 from metrics_file import check_metrics_file
 from precision import check_precision
@@ -22,6 +24,7 @@ from profiling import check_reports
 from started import check_world, world_size
 from text_names import choose_texts
 from torch_optimizers import choose_optimizer
+from virtual_shards import SHARDS
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -47,6 +50,7 @@ def parse_args(argv):
         "--stride", type=non_negative_int, default=0, help="tokens that windows share"
     )
     parser.add_argument("--eval_tokens", type=positive_int, help="of a text, at most")
+    parser.add_argument("--streaming", action="store_true", help="tokenise while training")
     parser.add_argument("--num_proc", type=positive_int, default=1, help="tokenising processes")
     parser.add_argument("--num_workers", type=non_negative_int, default=0, help="loading processes")
     # batch and optimizer
@@ -98,12 +102,36 @@ def parse_args(argv):
     args.config = load_config(args)
     if args.stride >= args.seq_len:
         raise UserError(f"--stride {args.stride}: choose less than --seq_len {args.seq_len}")
+    check_streaming(args)
     sequences = args.micro_batch_size * args.gradient_accumulation_steps
     args.tokens_per_step = sequences * args.seq_len
     args.total_steps = -(-args.max_tokens // args.tokens_per_step)  # rounded up
     check_schedule(args)
     check_reports(args)
     return args
+
+
+def check_streaming(args):
+    """Raise UserError for what a stream can't have; say what it does not use."""
+    if not args.streaming:
+        return
+    name = f"--dataset_name {shown(args.dataset_name)}"
+    if args.stride:
+        raise UserError(f"--streaming with --stride {args.stride}: leave one of them out")
+    if len(args.texts) > 1:
+        raise UserError(f"--streaming with {name}, a mix: name one text, or leave --streaming out")
+    if args.dataset_name == "random" or args.dataset_name not in args.texts:
+        raise UserError(f"--streaming with {name}: these are tokens already; leave --streaming out")
+    files = local_files(args.dataset_name)
+    if files.kind == "texts" and len(files.train) < SHARDS:
+        raise UserError(
+            f"--streaming with {name}: each of {SHARDS} shards needs a text, and their number is "
+            f"{len(files.train)}; leave --streaming out, or write JSON lines"
+        )
+    for flag, usual in (("num_proc", 1), ("num_workers", 0)):
+        if getattr(args, flag) != usual:
+            note(f"--{flag} {getattr(args, flag)} is not used with --streaming")
+            setattr(args, flag, usual)
 
 
 def check_compiler(args):

@@ -21,6 +21,7 @@ from torch.utils.data import ConcatDataset
 
 from corpus import load_tokens
 from dataloader import Batches, Order
+from streaming import Stream, StreamBatches, open_stream
 
 
 @dataclass
@@ -46,7 +47,8 @@ def load_texts(args, world, device):
     texts = []
     for number, (name, part) in enumerate(args.texts.items()):
         own = argparse.Namespace(**{**vars(args), "dataset_name": name})
-        tokens, validation = load_tokens(own, world, device)
+        load = open_stream if args.streaming else load_tokens
+        tokens, validation = load(own, world, device)
         if len(args.texts) > 1:
             own.seed = f"{args.seed} text {number}"  # for an order of its own
         texts.append(Text(own, part, tokens, validation, about_of(tokens)))
@@ -54,7 +56,9 @@ def load_texts(args, world, device):
 
 
 def about_of(tokens):
-    """What the cache says of tokens that it has, or the same of random ones."""
+    """What the cache says of tokens that it has, or the same of a stream, or of random ones."""
+    if isinstance(tokens, Stream):
+        return tokens.about
     if (file := getattr(tokens, "filename", None)) is not None:  # mapped
         return json.loads(Path(file).with_name("about.json").read_text())
     digest = hashlib.sha256(tokens.tobytes()).hexdigest()
@@ -66,7 +70,8 @@ def batches(texts, *others):
 
     others: what `Batches` takes between tokens and validation.
     """
-    parts = [Batches(text.args, text.tokens, *others, text.validation) for text in texts]
+    kind = StreamBatches if texts[0].args.streaming else Batches
+    parts = [kind(text.args, text.tokens, *others, text.validation) for text in texts]
     whole = parts[0]
     if len(parts) > 1:
         whole = copy.copy(parts[0])

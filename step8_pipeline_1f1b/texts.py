@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections import namedtuple
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -102,23 +103,27 @@ class Counted(io.FileIO):
         self.progress(count)
 
 
+@contextmanager
+def told_of(file, place, args):
+    """Make a UserError of what goes wrong: it names the file and the place in it, {"line": 3}."""
+    try:
+        yield
+    except Exception as error:
+        where = shown(file) + "".join(f", {unit} {number}" for unit, number in place.items())
+        what, remedy = f"--text_column {args.text_column}", ""
+        if not isinstance(error, NoText):
+            what = f"--dataset_name {shown(args.dataset_name)}"
+            remedy = " (mend the file, or take it away)"
+        raise UserError(f"{what}: {where}: {in_one_line(error)}{remedy}") from None
+
+
 def read_files(files, kind, args, progress):
     """The pieces of the documents in some files; a UserError names the file and the place in it."""
     for file in files:
-        place = {}  # where the reader is: {"line": 3}
-        try:
-            with Counted(file, progress) as counted:
-                stream = unpack(io.BufferedReader(counted, BLOCK), kind_of(file.name)[1])
-                yield from READERS[kind](stream, place, args.text_column)
-                counted.advance(counted.left)  # what needed no reading
-        except Exception as error:
-            where = shown(file) + "".join(f", {unit} {number}" for unit, number in place.items())
-            if isinstance(error, NoText):
-                raise UserError(f"--text_column {args.text_column}: {where}: {error}") from None
-            raise UserError(
-                f"--dataset_name {shown(args.dataset_name)}: {where}: {in_one_line(error)} (mend "
-                "the file, or take it away)"
-            ) from None
+        with told_of(file, place := {}, args), Counted(file, progress) as counted:
+            stream = unpack(io.BufferedReader(counted, BLOCK), kind_of(file.name)[1])
+            yield from READERS[kind](stream, place, args.text_column)
+            counted.advance(counted.left)  # what needed no reading
 
 
 def unpack(stream, packing):
@@ -158,25 +163,30 @@ def read_json(stream, place, column):
     """A file of JSON objects, a document each."""
     first, found = None, False
     for number, row in enumerate(json_values(stream, place)):
-        if not isinstance(row, dict):
-            raise ValueError(f"no object but {row!r:.40}")
+        text = text_of(row, column)
         first = row if first is None else first
         found = found or column in row
         if not found and number == LOOKED_AT:
             break
-        text = row.get(column)
-        if not isinstance(text, str | None):
-            raise NoText(f"no text there but {JSON_TYPES[type(text)]}")
-        text = text or ""
-        text.encode()  # raises for half a surrogate pair, "\\ud800"
         yield text, True
     if first is not None and not found:
         place.clear()  # it is the whole file
         raise NoText(f"the columns are {[*first]}")
 
 
-def json_values(stream, place):
-    """The values in a file of JSON lines, or in one that is a list."""
+def text_of(row, column):
+    """The text in a JSON object; an empty one for null, or where the column is not there."""
+    if not isinstance(row, dict):
+        raise ValueError(f"no object but {row!r:.40}")
+    text = row.get(column)
+    if not isinstance(text, str | None):
+        raise NoText(f"no text there but {JSON_TYPES[type(text)]}")
+    (text or "").encode()  # raises for half a surrogate pair, "\\ud800"
+    return text or ""
+
+
+def json_values(stream, place, first=1):
+    """The values in a file of JSON lines, or in one that is a list; first: number of a line."""
 
     def parse(text):
         try:
@@ -189,7 +199,7 @@ def json_values(stream, place):
             raise ValueError(f"{error.msg} (column {error.colno})") from None
 
     begun = False
-    for number, line in enumerate(stream, 1):
+    for number, line in enumerate(stream, first):
         line = line.removeprefix(codecs.BOM_UTF8 * (number == 1)).strip()
         if not line:
             continue
@@ -240,8 +250,8 @@ def check_column(schema, column):
 # --- what `datasets` reads ------------------------------------------------------------------------
 
 
-def open_dataset(args, kind):
-    """`open_texts` of a data set on the hub, or of a folder that `save_to_disk` wrote."""
+def load_splits(args, kind, **options):
+    """(the split to train on, the one to hold out or None, notes), as `datasets` has them."""
     import datasets
 
     name = shown(args.dataset_name)
@@ -252,36 +262,34 @@ def open_dataset(args, kind):
         if kind == "saved":
             found = datasets.load_from_disk(str(Path(args.dataset_name).expanduser()))
         else:
-            found = datasets.load_dataset(args.dataset_name, args.dataset_config)
+            found = datasets.load_dataset(args.dataset_name, args.dataset_config, **options)
     except Exception as error:
         said, remedy = in_one_line(error), "mend it, or name a local file"
         if os.strerror(errno.ENOSPC) in said:
             remedy = "set HF_HOME to a folder with room"
         raise UserError(f"--dataset_name {name}: {said} ({remedy})") from None
-    validation, notes = None, []
-    if isinstance(found, datasets.DatasetDict):
-        if not found:
-            raise UserError(f"--dataset_name {name}: it has no split")
-        train = "train" if "train" in found else [*found][0]
-        names = [split for split in VALIDATION if split in found and train == "train"][:1]
-        rest = [split for split in found if split not in (train, *names)]
-        words = [f"trained on the split {train}"]
-        words += [f"held out the split {split}" for split in names]
-        words += [f"left out {', '.join(rest)}"] * bool(rest)
-        if [*found] != ["train"]:
-            notes = [f"--dataset_name {name}: {'; '.join(words)}"]
-        validation, found = found[names[0]] if names else None, found[train]
-    try:
-        for part in (found, found if validation is None else validation):
-            check_column(part.features.arrow_schema, args.text_column)
-    except NoText as error:
-        raise UserError(f"--text_column {args.text_column}: {name}: {error}") from None
-    parts = [
-        Texts(len(part), " rows", partial(read_rows, part, args.text_column))
-        for part in (found, validation)
-        if part is not None
-    ]
-    return parts[0], parts[1] if len(parts) > 1 else None, notes
+    if not isinstance(found, dict):
+        return found, None, []
+    if not found:
+        raise UserError(f"--dataset_name {name}: it has no split")
+    train = "train" if "train" in found else [*found][0]
+    names = [split for split in VALIDATION if split in found and train == "train"][:1]
+    rest = [split for split in found if split not in (train, *names)]
+    words = [f"trained on the split {train}", *(f"held out the split {split}" for split in names)]
+    words += [f"left out {', '.join(rest)}"] * bool(rest)
+    notes = [] if [*found] == ["train"] else [f"--dataset_name {name}: {'; '.join(words)}"]
+    return found[train], found[names[0]] if names else None, notes
+
+
+def open_dataset(args, kind):
+    """`open_texts` of a data set on the hub, or of a folder that `save_to_disk` wrote."""
+    train, validation, notes = load_splits(args, kind)
+    splits = [split for split in (train, validation) if split is not None]
+    with told_of(args.dataset_name, {}, args):
+        for split in splits:
+            check_column(split.features.arrow_schema, args.text_column)
+    parts = [Texts(len(s), " rows", partial(read_rows, s, args.text_column)) for s in splits]
+    return parts[0], None if validation is None else parts[1], notes
 
 
 def read_rows(dataset, column, progress):

@@ -8,7 +8,6 @@
 The order of the data is a function of the step, so that number is all there is to save of it.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -26,6 +25,7 @@ from presets import preset, special_tokens
 from resharding import all_finite, read_tensors, scalars_of, tensors_of, write_tensors
 from restart import cool_down, rates_of, to_take
 from run_directory import checkpoints, find, newest_sound, own, read_about
+from stream_places import go_on, places_after
 
 MODEL_FIELDS = sorted(vars(preset("debug")))  # of a configuration
 
@@ -83,7 +83,7 @@ def choose_checkpoint(args):
 def compare(args, about):
     """Raise UserError, with both values, where a checkpoint's run is not this one."""
     there, here = {**args.flags, **about["flags"]}, args.flags  # an older one may lack a flag
-    same = ("seed", "seq_len", "stride", "optimizer", "optimizer_args")
+    same = ("seed", "seq_len", "stride", "streaming", "optimizer", "optimizer_args")
     pairs = [(f"--{name}", there[name], here[name]) for name in same]
     batch = ["micro_batch_size", "gradient_accumulation_steps", "dp_size"]
     pairs.append((
@@ -120,16 +120,6 @@ def compare_data(args, about):
             f"{args.source} {args.resume}: the data are not those it was trained on until now "
             f"({then}; now {now}); what is held out from now on may have been trained on"
         )
-
-
-def identity(texts):
-    """What a run trains on, by its content and not by its name: {"tokens": …, "sha256": …, …}."""
-    each = [{key: text.about[key] for key in ("tokens", "held_out", "sha256")} for text in texts]
-    if len(each) == 1:
-        return each[0]
-    parts = repr([(text.part, text.about["sha256"]) for text in texts])
-    tokens = sum(one["tokens"] for one in each)
-    return {"tokens": tokens, "sha256": hashlib.sha256(parts.encode()).hexdigest()}
 
 
 def listen(state):
@@ -183,7 +173,8 @@ def save(state):
         if not all(pg.from_all(state.mesh.world, aside.is_dir)):
             raise UserError(f"--checkpoint_dir {directory}: name one that all hosts share")
         files = write_tensors(tensors, aside, state.mesh.world)
-        on_first(state, lambda: complete(state, files, aside))
+        places = places_after(state)
+        on_first(state, lambda: complete(state, files, places, aside))
     except (OSError, UserError) as error:
         if state.mesh.world.is_first:
             shutil.rmtree(aside, ignore_errors=True)
@@ -199,7 +190,7 @@ def begin(state):
     return run_directory.begin(state.args.checkpoint_dir, state.step)
 
 
-def about_of(state, files, others):
+def about_of(state, files, others, places=None):
     """What a checkpoint says of itself: its files with their checksums, and of which run it is."""
     args = state.args
     return {
@@ -213,17 +204,18 @@ def about_of(state, files, others):
         "model": model_fields(args.config),
         "data": args.data,
         **rates_of(args, state.step),
+        "stream": places,
         "scalars": scalars_of(state.optimizer, state.parameters),
         "files": files,
         "others": others,
     }
 
 
-def complete(state, files, aside):
+def complete(state, files, places, aside):
     """On the first rank: all that makes a directory of tensors a checkpoint with a name."""
     args, directory = state.args, Path(state.args.checkpoint_dir)
     others = run_directory.write_tokenizer(tokenizer_of(args), aside)
-    run_directory.write_about(aside, about_of(state, files, others))
+    run_directory.write_about(aside, about_of(state, files, others, places))
     if args.lock is not None:
         args.lock.check()
     run_directory.complete(aside, directory, state.step)
@@ -282,6 +274,7 @@ def load(state):
         for name, value in scalars.items():
             entry[name].fill_(value)
     if args.taken.goes_on:
+        go_on(state)
         state.loss_scale.restore(args.resumed.get("loss_scale"))
     else:
         state.step = 0

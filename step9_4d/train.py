@@ -13,7 +13,7 @@ import torch
 
 import process_group as pg
 from casts import shared_casts
-from checkpoint import identity, last_good, listen, load, save_if_due
+from checkpoint import last_good, listen, load, save_if_due
 from config_file import write_config
 from context_parallel import apply_context_parallel, zigzag_positions
 from data_parallel import Naive
@@ -26,7 +26,7 @@ from learning_rate import learning_rate_at
 from ledger import communication_ledger
 from lock import alone
 from metrics import Metrics, flops_per_token, peak_memory_gb
-from mixes import batches, load_texts, parts_of
+from mixes import batches, identity, load_texts, parts_of
 from model import Llama, materialize
 from muon import build_optimizer
 from optimizer import clip_gradients, gradient_norm

@@ -87,6 +87,19 @@ STEP3 = {
     "--dataset_name {tmp}/a.txt:0,python-stdlib:1": ("--dataset_name", "above 0"),
     "--dataset_name {tmp}/a.txt:0.123457,python-stdlib:1": ("--dataset_name", "fewer digits"),
     "--eval_tokens 0": ("--eval_tokens", "1 or more"),
+    "--streaming --dataset_name random": ("--streaming", "--dataset_name random"),
+    "--streaming --dataset_name {tmp}/a.txt:0.5,python-stdlib:0.5": ("--streaming", "a mix"),
+    "--streaming --stride 4": ("--streaming", "--stride 4"),
+    "--streaming --dataset_name {tmp}/a.txt": ("--streaming", "a.txt", "number is 1", "64"),
+    "--streaming --dataset_name {tmp}/few.jsonl": ("few.jsonl", "too few", "shard 9 of 64"),
+    "--streaming --dataset_name {tmp}/rows.jsonl": ("--text_column text", "rows.jsonl", "story"),
+    "--streaming --dataset_name {tmp}/list.json": ("list.json, line 1", "one a line"),
+    "--streaming --seq_len 300000 --dataset_name {tmp}/many.jsonl": (
+        "held out",
+        "--seq_len 300000",
+    ),
+    "--streaming --vocab_size 100 --dataset_name {tmp}/many.jsonl": ("--vocab_size 100", "bytes"),
+    "--streaming --dataset_name nobody/nothing": ("--dataset_name nobody/nothing", "local file"),
     "--gradient_accumulation_steps 0": ("--gradient_accumulation_steps", "1 or more"),
     "--learning_rate 1e39 --max_tokens 512": ("held-out loss nan at step 1", "--learning_rate"),
 }
@@ -113,6 +126,10 @@ def folder(tmp_path_factory):
     (folder / "bad.parquet").write_bytes(b"no parquet at all")
     (folder / "numbers.jsonl").write_text('{"text": 7}\n')
     (folder / "latin.txt").write_bytes("café".encode("latin-1"))
+    (folder / "few.jsonl").write_text('{"text": "text"}\n' * 9)
+    many = "".join(json.dumps({"text": f"number {n}"}) + "\n" for n in range(1000))
+    (folder / "many.jsonl").write_text(many)
+    (folder / "list.json").write_text('[{"text": "text"}]')
     (folder / "rows.jsonl").write_text('{"story": "text"}\n' * 9)
     return folder
 

@@ -17,7 +17,7 @@ def text_of(size, seed, part, name):
 
     args = SimpleNamespace(
         seq_len=1, stride=0, micro_batch_size=4, gradient_accumulation_steps=1, num_workers=0,
-        seed=seed, dataset_name=name, eval_tokens=None,
+        streaming=False, seed=seed, dataset_name=name, eval_tokens=None,
     )  # fmt: skip
     return Text(args, part, np.arange(size + 1, dtype=np.uint32), None, {})
 

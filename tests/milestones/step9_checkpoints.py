@@ -197,6 +197,7 @@ def trained(flags, steps, save_to=None, resume=None):
 def what_is_the_same(folder):
     """compare, identity and listen, in one process."""
     import checkpoint
+    import mixes
 
     state = begun("", checkpoint_dir=str(folder))
     checkpoint.listen(state)
@@ -207,10 +208,10 @@ def what_is_the_same(folder):
     assert state.asked_to_stop == signal.SIGUSR1, "listen: a signal is remembered by its number"
     abouts = ({"tokens": 5, "held_out": 1, "sha256": digit * 64} for digit in "ab")
     texts = [SimpleNamespace(part=1.0, about=about) for about in abouts]
-    one, other = (checkpoint.identity([text]) for text in texts)
+    one, other = (mixes.identity([text]) for text in texts)
     assert one["tokens"] == 5 and one != other, "identity should tell data apart by their content"
     flags = {"seed": 3, "seq_len": 16, "micro_batch_size": 2, "gradient_accumulation_steps": 1}
-    flags |= {"stride": 0, "optimizer": "adamw", "optimizer_args": "{}"}
+    flags |= {"stride": 0, "streaming": False, "optimizer": "adamw", "optimizer_args": "{}"}
     flags |= {"dp_size": 1, **dict.fromkeys(state.args.taken.noted)}
     model = checkpoint.model_fields(state.args.config)
     about = {"flags": flags, "model": dict(model), "tokenizer": "bytes"}
@@ -225,3 +226,48 @@ def what_is_the_same(folder):
     with notes(checkpoint) as said:
         checkpoint.compare(state.args, about)
     assert len(said) == 1, f"compare: another learning rate may be meant: one note, not {said}"
+
+
+def places():
+    """Where the shards of a stream go on: what one rank does not know another one does."""
+    from types import SimpleNamespace
+    from unittest.mock import patch
+
+    import process_group as pg
+    import stream_places
+    from virtual_shards import START, Place
+
+    def rank(*shards):
+        """The state of a rank that has read these shards up to step 5 of 16 sequences."""
+        known = [{0: START} for _ in range(64)]
+        for shard in shards:
+            known[shard] |= {1: Place(0, shard, 1, 0), 2: Place(0, shard, 2, 0)}
+        data = SimpleNamespace(
+            order=SimpleNamespace(batch_size=16), stream=SimpleNamespace(known=known)
+        )
+        args = SimpleNamespace(streaming=True, data={"sha256": "a"})
+        mesh = SimpleNamespace(world=None)
+        return SimpleNamespace(args=args, data=data, mesh=mesh, step=5)
+
+    one, two = rank(*range(0, 64, 2)), rank(*range(1, 64, 2))
+    asked = []  # what each rank has told
+    with patch.object(pg, "from_all", lambda group, make: asked.append(make()) or [{}, *asked]):
+        for state in (one, two):
+            try:
+                found = stream_places.places_after(state)
+            except KeyError:
+                found = None
+    due = [Place(0, shard, 2 if shard < 16 else 1, 0) for shard in range(64)]
+    assert found == due, (
+        f"places_after step 5 of 16 sequences, on two ranks, gives {found and found[:3]} …: 80 "
+        "sequences are two of shards 0 to 15 and one of the others, and what one rank does not "
+        "know another one does"
+    )
+    for data, places in (({"sha256": "a"}, due), ({"sha256": "b"}, [START] * 64)):
+        one.args.resumed = {"data": data, "stream": [list(place) for place in due]}
+        stream_places.go_on(one)
+        found = [own[2 if shard < 16 else 1] for shard, own in enumerate(one.data.stream.known)]
+        assert found == places, (
+            f"go_on: with {'the same' if places == due else 'other'} files the shards go on at "
+            f"{found[:3]} …, not at {places[:3]} …"
+        )

@@ -5,6 +5,7 @@ import re
 import pytest
 import workers_step3 as workers
 import workers_step3_mixes as mixes
+import workers_step3_streaming as streaming
 import workers_step3_texts as texts
 import workers_step3_tokens as tokens
 from harness import World
@@ -148,3 +149,18 @@ def test_a_folder_that_trains(step_dir, worlds, function, tmp_path):
 @each(mixes.tokenizers, mixes.restarted)
 def test_from_raw_texts_to_tokens(step_dir, worlds, function, tmp_path):
     worlds(step_dir, 1).run(function, tmp_path)
+
+
+# --- 13. and 14. STREAMING.md ---------------------------------------------------------------------
+
+
+@pytest.mark.milestone(3, 13)
+@each(streaming.dealt, streaming.from_a_place, streaming.kept_apart, streaming.bad_line)
+def test_the_documents_of_a_shard(step_dir, worlds, function, tmp_path):
+    worlds(step_dir, 1).run(texts.within, tmp_path, function)
+
+
+@pytest.mark.milestone(3, 14)
+@each(streaming.cut, streaming.in_turns, streaming.apart, streaming.ahead)
+def test_the_sequences_of_a_stream(step_dir, worlds, function, tmp_path):
+    worlds(step_dir, 1).run(texts.within, tmp_path, function)

@@ -122,6 +122,11 @@ def test_what_makes_a_run_the_same(step_dir, worlds, tmp_path):
     worlds(step_dir, 1).run(checkpoints.what_is_the_same, tmp_path)
 
 
+@pytest.mark.milestone(9, 12)
+def test_where_a_stream_goes_on(step_dir, worlds):
+    worlds(step_dir, 1).run(checkpoints.places)
+
+
 @pytest.mark.milestone(9, 13)
 def test_models_that_others_open(step_dir, worlds, tmp_path):
     worlds(step_dir, 2).run(models.exported, tmp_path / "hf", timeout=60)

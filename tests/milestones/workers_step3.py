@@ -16,7 +16,7 @@ def arguments(**other):
     """What `Batches` reads of the command line."""
     fields = {"seq_len": 10, "micro_batch_size": 4, "gradient_accumulation_steps": 1}
     rest = {"seed": 3, "num_workers": 0, "dataset_name": "random", "stride": 0, "eval_tokens": None}
-    return SimpleNamespace(**(fields | rest | other))
+    return SimpleNamespace(**(fields | rest | {"streaming": False} | other))
 
 
 def refused(function, *words, by=None):

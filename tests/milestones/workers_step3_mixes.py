@@ -96,7 +96,7 @@ def two_texts():
 def loaded():
     import mixes
 
-    args = SimpleNamespace(seed=3, texts={"a": 3, "b": 1}, dataset_name="a:3,b:1")
+    args = arguments(texts={"a": 3, "b": 1}, dataset_name="a:3,b:1")
     asked = []
 
     def load_tokens(own, world, device):
