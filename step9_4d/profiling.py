@@ -77,7 +77,7 @@ class Trace:
             return
         if self.profiler is None:
             os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # errors only
-            self.profiler = profile(record_shapes=True)
+            self.profiler = profile(record_shapes=True, acc_events=True)
             self.profiler.start()
         with record_function(f"ProfilerStep#{number}"):  # tools know a step by this name
             yield

@@ -75,8 +75,8 @@ def memory_of(argv, folder, dies):
 
     Returns the number of segments, the actions, and the functions of our own in the stacks.
     """
+    import profiling
     import train
-    from profiling import reported
 
     def main(args):
         state = train.setup(args)
@@ -87,9 +87,9 @@ def memory_of(argv, folder, dies):
 
     args = train.parse_args(argv.split())
     with contextlib.suppress(torch.OutOfMemoryError):
-        reported(main)(args)
+        profiling.reported(main)(args)
     torch.cuda.memory._record_memory_history(None)  # the next test runs in this process
-    (file,) = Path(folder).glob(f"rank{torch.distributed.get_rank()}.pickle")
+    (file,) = Path(folder).glob(f"rank{profiling.RANK}.pickle")
     snapshot = pickle.loads(file.read_bytes())
     entries = [entry for device in snapshot["device_traces"] for entry in device]
     here = str(Path(train.__file__).parent)
