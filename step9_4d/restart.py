@@ -120,7 +120,7 @@ def to_take(state):
 
 
 def shapes_of(config):
-    """{name: shape} of the weights of a model; a tied head is none."""
+    """{name: shape} of the weights of a model; a tied head is no weight of its own."""
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in Llama(config).named_parameters()}
 
