@@ -7,13 +7,13 @@ def stages_start_at_layer_zero(train):
 
     materialize = train.materialize
 
-    def spoiled(model, seed, device):
+    def spoiled(model, seed, device, dtype):
         names = {p: p.global_name for p in model.parameters()}
         found = (re.search(r"layers\.(\d+)\.", name) for name in names.values())
         first = min(int(number[1]) for number in found if number)
         for parameter, name in names.items():
             parameter.global_name = re.sub(r"[0-9]+", lambda n: str(int(n[0]) - first), name)
-        materialize(model, seed, device)
+        materialize(model, seed, device, dtype)
         for parameter, name in zip(model.parameters(), names.values(), strict=True):
             parameter.global_name = name
 

@@ -26,11 +26,11 @@ def first_slice_everywhere(train):
     """Every rank loads the slice of the first one, whatever its own is."""
     materialize = train.materialize
 
-    def spoiled(model, seed, device):
+    def spoiled(model, seed, device, dtype):
         held = {p: p.held for p in model.parameters()}
         for parameter, slices in held.items():
             parameter.held = tuple(slice(0, s.stop - s.start) for s in slices)
-        materialize(model, seed, device)
+        materialize(model, seed, device, dtype)
         for parameter, slices in zip(model.parameters(), held.values(), strict=True):
             parameter.held = slices
 

@@ -204,7 +204,7 @@ def test_what_a_run_leaves_starts_it_again(step_dir, worlds, tmp_path):
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     held_out = {line["step"]: line["held_out"] for line in lines if "held_out" in line}
     assert list(held_out) == [4, 8]
-    assert f"held-out {held_out[8]:.4f}" in result.out
+    assert f"held-out loss {held_out[8]:.4f}" in result.out
     written = run / "config.json"
     assert written.read_text() == (tmp_path / "metrics.jsonl.config.json").read_text()
     argv = f"--config {written} --checkpoint_dir {tmp_path / 'again'} "
