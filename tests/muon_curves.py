@@ -28,7 +28,8 @@ def train(saved, optimizer, rate, seed):
         result = launch(STEP, flags, timeout=3600, OMP_NUM_THREADS="1")
         assert result.code == 0, result.errors
         losses = [step["loss"] for step in result.metrics]
-        parts = [losses[start : start + MEANS] for start in range(0, len(losses), MEANS)]
+        starts = range(0, len(losses) - MEANS + 1, MEANS)
+        parts = [losses[start : start + MEANS] for start in starts]
         held_out = float(re.search(r"held-out loss ([0-9.]+)", result.out)[1])
         means = [round(statistics.mean(part), 4) for part in parts]
         saved.runs[flags] = {"held_out": held_out, "losses": means}

@@ -1,12 +1,15 @@
 """N8 of Muon: whole matrices in every layout, each made orthogonal once, and what that sends."""
 
+import json
+
 import pytest
 import torch
 import workers_messages
 import workers_muon
 import workers_setup
+from conftest import ROOT
 from harness import assert_close
-from launch import ranks_of
+from launch import launch, ranks_of
 from test_checkpoint import SHAPE, assert_same_curve, batch, train
 from test_ledger import SHORT
 from test_optimizers import slow_unless
@@ -247,6 +250,35 @@ def test_a_checkpoint_of_adamw_is_refused(step_dir, worlds, tmp_path):
     train(worlds, step_dir, argv, until=1)
     with pytest.raises(Exception, match="saved with --optimizer adamw, not muon"):
         train(worlds, step_dir, argv + "--optimizer muon --resume auto")
+
+
+def test_the_curves_that_the_page_shows():
+    """Of three seeds each, Muon's worst is better than AdamW's best; no best rate is at an end."""
+    runs = json.loads((ROOT / "assets" / "muon.json").read_text())["runs"]
+    found = {}  # by optimizer and rate, the held-out losses
+    for flags, run in runs.items():
+        optimizer, rate = flags.split()[1:4:2]
+        found.setdefault(optimizer, {}).setdefault(float(rate), []).append(run["held_out"])
+    at_best = {}
+    for optimizer, rates in found.items():
+        best = min(rates, key=lambda rate: rates[rate][0])
+        assert min(rates) < best < max(rates) and len(rates[best]) == 3
+        at_best[optimizer] = rates[best]
+    assert max(at_best["muon"]) < min(at_best["adamw"])
+
+
+@pytest.mark.slow
+def test_muon_learns_more_from_the_same_tokens(step_dir):
+    """The first 100 steps of the default run, at the best rates of the curves."""
+    ends = {}
+    for flags in (
+        "--optimizer adamw --learning_rate 1e-3",
+        "--optimizer muon --learning_rate 1e-2",
+    ):
+        result = launch(step_dir, flags + " --max_tokens 51200 --decay_steps 1")
+        assert result.code == 0, result.errors
+        ends[flags.split()[1]] = sum(step["loss"] for step in result.metrics[-20:]) / 20
+    assert ends["muon"] < ends["adamw"] - 0.1, ends
 
 
 @pytest.mark.gpu
