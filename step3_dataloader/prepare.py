@@ -78,6 +78,8 @@ def parse_args(argv):
     args.dataset_name = args.input_dir  # as train.py calls it
     args.texts = parts_of(weights_of(args.input_dir), args.input_dir)
     for name in args.texts:
+        if name == "random":
+            raise UserError("--dataset_name random: that is no text; name one")
         local_files(name)  # raises for a path that is not there
     return args
 

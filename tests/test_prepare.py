@@ -287,6 +287,7 @@ WRONG = {
     "--input_dir RAW --tokenizer_type bpe --tokenizer_name bytes": ("--tokenizer_name", "one out"),
     "--input_dir RAW --tokenizer_type wordpiece --vocab_size 9": ("--vocab_size 9", "letters"),
     "--input_dir RAW:0.5,b --tokenizer_type bpe": ("--input_dir", "weight"),
+    "--input_dir random --tokenizer_type bpe": ("--input_dir random", "no text"),
     "--input_dir RAW --tokenizer_type bpe --text_columns x": ("--text_columns", "--help"),
 }
 
