@@ -208,11 +208,14 @@ def test_ctrl_c_in_a_check_ends_its_processes(opened, tmp_path, monkeypatch):
         assert len(processes_with(mark)) >= 3, "pytest and two ranks"
         os.kill(os.getpid(), signal.SIGINT)
 
+    # A shell that starts something with & lets it ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     presser = threading.Thread(target=press_ctrl_c)
     presser.start()
     with pytest.raises(KeyboardInterrupt):
         coach.check(one, 1, 1)
     presser.join()
+    signal.signal(signal.SIGINT, before)
     until = time.monotonic() + 10
     while processes_with(mark) and time.monotonic() < until:
         time.sleep(0.1)
