@@ -90,7 +90,7 @@ def test_metrics_on_a_full_disk(step_dir, tmp_path):
 
 
 @pytest.mark.steps(1)
-@pytest.mark.sampled(1, 9, only=True)
+@pytest.mark.sampled(9, only=True)
 def test_flags_that_find_no_room_leave_the_old_ones(step_dir, tmp_path):
     """The same command may be given again once there is room."""
     with disk(tmp_path / "disk", 64) as small:

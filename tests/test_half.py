@@ -151,8 +151,9 @@ def test_a_run_with_skipped_steps_goes_on_bit_for_bit(
     assert_close(weights, final, "final weight", tolerance=0)
 
 
+@pytest.mark.slow
 @pytest.mark.steps(9)
-@pytest.mark.parametrize("layout", [slow_unless(x == LAYOUTS[4], x) for x in LAYOUTS])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_float16_trains_like_float32(step_dir, train_on, layout):
     """Within an eighth of the bounds of bfloat16, which has three bits less."""
     argv = SHAPE + STEPS

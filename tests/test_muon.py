@@ -182,7 +182,8 @@ ROUTES = [
 ]
 
 
-@pytest.mark.parametrize("before, after", [slow_unless(x == ROUTES[0], *x) for x in ROUTES])
+@pytest.mark.slow
+@pytest.mark.parametrize("before, after", ROUTES)
 def test_muon_goes_on_on_another_layout(step_dir, worlds, tmp_path, before, after):
     shape = MUON + STEPS
     numbers, weights = train(worlds, step_dir, shape + batch(""))

@@ -43,6 +43,7 @@ def run(world, argv, shard_bytes=2**28, stop_after=None):
     return world.run(workers.prepare, argv, shard_bytes, stop_after)[0]
 
 
+@slow
 @pytest.mark.steps(3, 3)
 def test_bytes_are_those_of_the_raw_text_and_bpe_gives_texts_back(world, step_dir, raw, tmp_path):
     one = world(step_dir)

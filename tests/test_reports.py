@@ -94,6 +94,7 @@ def test_a_trace_makes_no_new_graphs(step_dir, worlds, tmp_path, layout):
 
 
 @pytest.mark.steps(9)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [

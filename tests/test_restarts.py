@@ -67,9 +67,9 @@ def slow_unless(now, *values):
     return pytest.param(*values, marks=() if now else pytest.mark.slow)
 
 
-# Three kinds on a layout each by default; all kinds on all layouts with `-m slow`.
+# Two kinds on a layout each by default; all kinds on all layouts with `-m slow`.
 ROWS = [
-    slow_unless(place == number and kind not in ("all", "optimizer"), kind, layout)
+    slow_unless(place == number and kind in ("cooldown", "transfer"), kind, layout)
     for place, kind in enumerate(CHANGES)
     for number, layout in enumerate(LAYOUTS)
 ]
@@ -247,7 +247,7 @@ def test_a_cooldown_of_a_cooldown(step_dir, worlds, tmp_path):
 @pytest.mark.parametrize(
     "kind, layout",
     [
-        slow_unless(kind in ("weights", "cooldown") and not layout, kind, layout)
+        slow_unless(kind == "cooldown" and not layout, kind, layout)
         for kind in CHANGES
         for layout in ("", LAYOUTS[5])
     ],
