@@ -5,7 +5,7 @@
 The place of a sequence in the run decides, and nothing else, from which text it comes. So nothing
 has to be saved to go on later. From the start of the run to any place each text has had its share,
 to within one sequence.
-Source: Tijdeman, The chairman assignment problem (Discrete Mathematics 32, 1980), section 2.
+Source: Tijdeman, The chairman assignment problem (Discrete Mathematics 32, 1980).
 """
 
 import argparse
