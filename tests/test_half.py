@@ -167,8 +167,9 @@ def test_float16_trains_like_float32(step_dir, train_on, layout):
 
 
 @pytest.mark.steps(9)
-@pytest.mark.parametrize("dtype", ["bfloat16", slow_unless(False, "float16")])
-@pytest.mark.parametrize("layout", [slow_unless(x == LAYOUTS[5], x) for x in LAYOUTS])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_weights_of_half_precision(step_dir, worlds, tmp_path, layout, dtype):
     """All that a rank keeps is in that dtype, is saved in it, and goes on bit for bit."""
     argv = SHAPE + STEPS + f"--dtype {dtype} --weights_dtype {dtype} {batch(layout)}"

@@ -347,6 +347,7 @@ def test_a_wrong_restart_is_refused(step_dir, worlds, saved, flags, words):
     assert "\n" not in said
 
 
+@pytest.mark.slow
 def test_metrics_of_the_other_run_stay(step_dir, worlds, saved, tmp_path):
     """The first run's command with a restart and another directory: the same --metrics_file."""
     argv = SHAPE + batch("") + f"--metrics_file {tmp_path / 'm.jsonl'} --checkpoint_dir {tmp_path}"
