@@ -38,16 +38,21 @@ def blocks(path):
 def unlike(shown, printed, losses=True):
     """Lines about what a README shows and a run did not print."""
     rows = {" ".join(row.split()) for row in LEDGER.findall(printed)}
-    steps = {step: tuple(map(float, rest)) for step, *rest in STEP.findall(printed)}
     for row in LEDGER.findall(shown):
         if " ".join(row.split()) not in rows:
             yield f"not printed: {row}"
-    for step, *rest in STEP.findall(shown) if losses else ():
-        found = steps.get(step, (0, 0))
-        pairs = [(float(a), b) for a, b in zip(rest, found, strict=True)]
-        near = (a == b or abs(a - b) <= 1e-3 * a for a, b in pairs)  # a == b: both infinite
-        if int(step) <= 20 and not all(near):  # as NaN is
-            yield f"step {step}: {found}, not {rest}"
+    steps = collections.defaultdict(list)  # a block with several runs prints a step several times
+    for step, *found in STEP.findall(printed):
+        steps[step].append(tuple(map(float, found)))
+    for step, *row in STEP.findall(shown) if losses else ():
+        if int(step) <= 20 and not any(near(row, found) for found in steps[step]):
+            yield f"step {step}: {steps[step]}, not {row}"
+
+
+def near(shown, found):
+    """Whether numbers agree to a thousandth, or both are infinite. NaN agrees with nothing."""
+    pairs = [(float(a), b) for a, b in zip(shown, found, strict=True)]
+    return all(a == b or abs(a - b) <= 1e-3 * a for a, b in pairs)
 
 
 def run(path, say=print):

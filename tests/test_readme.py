@@ -134,6 +134,7 @@ def test_a_block_that_fails_is_noticed(tmp_path, command, code):
 
 LEDGER = "tp       all_gather             1         8,192                  1         8,192"
 STEP = "step     1 | loss  5.5919 | grad norm   8.0324 | lr 1.50e-05 |       950 tokens/s"
+OTHER = STEP.replace("5.5919", "1.9660")
 
 
 @pytest.mark.parametrize(
@@ -146,6 +147,9 @@ STEP = "step     1 | loss  5.5919 | grad norm   8.0324 | lr 1.50e-05 |       950
         (STEP, STEP.replace("8.0324", "8.0524"), "step 1: "),
         (STEP, LEDGER, "step 1: "),
         (STEP, STEP.replace("5.5919", "nan"), "step 1: "),
+        (f"{STEP}\n{OTHER}", f"{STEP}\nmore\n{OTHER}", None),  # a block that trains twice
+        (f"{STEP}\n{OTHER}", STEP, "step 1: "),
+        (STEP, OTHER, "step 1: "),
     ],
 )
 def test_what_a_readme_shows_is_what_is_printed(tmp_path, monkeypatch, shown, printed, words):
