@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import milestones
@@ -184,3 +185,26 @@ def train_on(worlds):
 def chain(tmp_path):
     """A repository with a chain of four small steps, and chain.py to run on it."""
     return Chain(tmp_path)
+
+
+# --- the book -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """The web book, built once for all tests that look at it."""
+    sys.path.append(str(ROOT / "assets"))
+    import book
+
+    folder = tmp_path_factory.mktemp("book") / "site"
+    book.build(folder, folder.parent / "stage")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A headless browser."""
+    import browser
+
+    with browser.browser() as found:
+        yield found

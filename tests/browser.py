@@ -1,0 +1,128 @@
+"""A headless Chromium for the tests of the book, and screenshots of its pages.
+
+    python tests/browser.py site step5_context_parallel/index.html --selector "#ring" --to shots
+
+writes a picture of a page, or of a part of it, in light and dark, 1280 and 390 pixels wide.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = {"wide": (1280, 900), "narrow": (390, 844)}
+
+
+def chromium():
+    """The path of the system's Chromium."""
+    names = [os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome"]
+    for path in map(shutil.which, filter(None, names)):
+        if path:
+            return path
+    raise FileNotFoundError(
+        "no Chromium: install it (apt install chromium), or name it: CHROMIUM=…"
+    )
+
+
+@contextlib.contextmanager
+def browser():
+    """A browser that is closed at the end."""
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        try:
+            yield found
+        finally:
+            found.close()
+
+
+class Problems(list):
+    """What a page complains of in its console, and each request that leaves the machine."""
+
+    def watch(self, page):
+        page.on("console", lambda m: m.type in ("error", "warning") and self.append(m.text))
+        page.on("pageerror", lambda error: self.append(str(error)))
+        page.on("requestfailed", lambda request: self.append(f"failed: {request.url}"))
+        page.on("request", lambda request: self.judge(request.url))
+
+    def judge(self, url):
+        if not url.startswith(("file:", "data:", "blob:", "http://127.0.0.1")):
+            self.append(f"left the machine: {url}")
+
+
+@contextlib.contextmanager
+def opened(found, address, size="wide", scheme="light", **more):
+    """A page at an address, as (page, its problems)."""
+    width, height = SIZES[size]
+    context = found.new_context(
+        viewport={"width": width, "height": height}, color_scheme=scheme, **more
+    )
+    page, problems = context.new_page(), Problems()
+    problems.watch(page)
+    page.goto(address)
+    try:
+        yield page, problems
+    finally:
+        context.close()
+
+
+@contextlib.contextmanager
+def bare(found, *names):
+    """An empty page with core.js and the scripts of some widgets: for their formulas."""
+    with opened(found, "about:blank") as (page, problems):
+        for name in ("core", *names):
+            page.add_script_tag(path=ROOT / "assets" / "web" / f"{name}.js")
+        yield page
+        assert not problems, problems
+
+
+def answers(page, function, inputs):
+    """What a function like `Book.formulas.ring.work` gives for each list of arguments."""
+    return page.evaluate(f"inputs => inputs.map((given) => {function}(...given))", inputs)
+
+
+def number(widget, name):
+    """The text of a number that a widget shows."""
+    return widget.locator(f'[data-number="{name}"]').inner_text()
+
+
+def ready(page, selector):
+    """Bring a widget into view and wait until it is there."""
+    page.locator(selector).scroll_into_view_if_needed()
+    page.wait_for_selector(f"{selector}[data-ready]", timeout=10_000)
+    return page.locator(selector)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Screenshots of the book; see the file.")
+    parser.add_argument("site", type=Path)
+    parser.add_argument(
+        "page", help="path inside of the site, with #widget?option=value or without"
+    )
+    parser.add_argument("--selector", help="a part of the page, like #ring; default: all of it")
+    parser.add_argument("--to", type=Path, default=Path("shots"))
+    args = parser.parse_args()
+    args.to.mkdir(exist_ok=True)
+    with browser() as found:
+        for size in SIZES:
+            for scheme in ("light", "dark"):
+                address = f"file://{args.site.resolve()}/{args.page}"
+                with opened(found, address, size, scheme) as (page, problems):
+                    name = args.page.split("#")[0].replace("/", "_").removesuffix(".html")
+                    part = (args.selector or "").strip("#.")
+                    path = args.to / f"{name}{part and '_' + part}_{size}_{scheme}.png"
+                    if args.selector:
+                        if page.locator(f"{args.selector}[data-widget]").count():
+                            ready(page, args.selector)
+                        page.wait_for_timeout(200)
+                        page.locator(args.selector).screenshot(path=path)
+                    else:
+                        page.screenshot(path=path, full_page=True)
+                    print(path, *problems, sep="\n  ")
+
+
+if __name__ == "__main__":
+    main()
