@@ -99,7 +99,7 @@ class Stream:
     def __init__(self, source, tokens_of, seq_len, bytes_per_token):
         self.source, self.tokens_of, self.seq_len = source, tokens_of, seq_len
         digest = hashlib.sha256(repr(source.known_by).encode()).hexdigest()
-        # As of tokens from the cache; what is held out stands for one token, for any number of it.
+        # Like about.json of the cache. `bytes` are those of one token, so `held_out` counts one.
         self.about = {"tokens": "a stream's", "held_out": 1, "sha256": digest}
         self.about["bytes"] = {"held_out": bytes_per_token}  # in UTF-8
         self.known = [{0: START} for _ in range(SHARDS)]  # {number of a sequence: its Place}
@@ -163,7 +163,7 @@ def open_stream(args, world, device):
 
 def held_out_tokens(source, tokens_of, args):
     """(As many tokens as an evaluation reads, an array; bytes of UTF-8 for each of them)."""
-    if source.kind != "hub":  # there it would open 64 files more
+    if source.kind != "hub":  # there it would open 64 files once more
         for shard in range(SHARDS):
             next(source.documents(shard))  # raises where there is nothing to train on
     at_most = args.eval_tokens or min(HELD_OUT_SEQUENCES * args.seq_len, HELD_OUT_TOKENS)
