@@ -46,8 +46,10 @@ def rows_of_text(stream, where, column, row, byte, own, kind="texts"):
 def rows_of_json(stream, where, column, row, byte, own):
     """A file with an object a line. Lines of others are counted, and not looked at."""
     left = byte
-    while left:
-        left -= len(stream.read(min(left, BLOCK)))
+    while passed := stream.read(min(left, BLOCK)):
+        left -= len(passed)
+    if left:
+        raise ValueError("the file is shorter than it was")
     for number, line in enumerate(stream, row):
         if number % own[1] == own[0]:
             where["line"] = number + 1

@@ -104,8 +104,8 @@ def kept_apart():
 
 
 def bad_line():
-    """An error names the line of the file, and lines of other shards are not looked at."""
-    from virtual_shards import Source
+    """An error names the file and the line, and lines of other shards are not looked at."""
+    from virtual_shards import Place, Source
 
     lines = ['{"text": "good"}'] * 200
     lines[131] = '{"text": }'
@@ -114,6 +114,8 @@ def bad_line():
     found = len(list(source.epoch(4)))
     assert found == 4, f"rows_of_json: shard 4 has {found} documents, not 4"
     refused(lambda: list(source.epoch(131 % 64)), "a.jsonl, line 132", by="rows_of_json")
+    beyond = Place(0, 300, 1_000_000, 0)
+    refused(lambda: list(source.epoch(4, beyond)), "a.jsonl", "shorter", by="rows_of_json")
 
 
 # --- 14. the sequences of a run -------------------------------------------------------------------
