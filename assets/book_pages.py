@@ -96,7 +96,7 @@ class Pages:
         """Where a file's page stands in the book, None if it has none."""
         name = path.relative_to(ROOT).as_posix()
         if path in self.documents:
-            return re.sub(r"(^|/)README$", r"\1index", name.removesuffix(".md")) + ".html"
+            return self.place_of_markdown(path)
         if path.name in ("changes", "files") and path.parent in lessons.steps():
             return f"{name}.html"
         if path.suffix == ".png":
@@ -108,6 +108,11 @@ class Pages:
         self.sources.add(path)
         folder = path.parent.relative_to(ROOT)
         return (PurePosixPath(folder) / "files" / f"{path.name}.html").as_posix()
+
+    @staticmethod
+    def place_of_markdown(path):
+        name = path.relative_to(ROOT).as_posix().removesuffix(".md")
+        return re.sub(r"(^|/)README$", r"\1index", name) + ".html"
 
     def address(self, page, link, line):
         """Where a link of a page leads in the book, seen from the page; None if nowhere in it."""
