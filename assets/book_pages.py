@@ -129,7 +129,7 @@ class Pages:
             return None
         if part and not self.has(path, part):
             self.wrong(page, line, link, f"has no #{part}")
-        there = relative(place, self.place(page))
+        there = relative(place, self.place(page)) if name else ""
         return f"{there}#{part}" if part else there
 
     def has(self, path, part):

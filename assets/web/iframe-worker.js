@@ -1,19 +1,29 @@
 /* Search on pages that are opened from disk. A browser starts no worker there, so the search runs
-   in a hidden frame: the same script, another window. On a server the real Worker stays. */
+   in a hidden frame: the same script, another window. It does so from the first key or press on,
+   as a page that is only read needs no search. On a server the real Worker stays. */
 "use strict";
 
 if (location.protocol === "file:") {
   window.Worker = class {
     constructor(address) {
+      this.address = new URL(address, location.href);
       this.waiting = [];
+      const start = () => {
+        ["keydown", "pointerdown"].forEach((kind) => document.removeEventListener(kind, start, true));
+        if (!this.ended) this.start();
+      };
+      ["keydown", "pointerdown"].forEach((kind) => document.addEventListener(kind, start, true));
+    }
+
+    start() {
       this.frame = document.createElement("iframe");
       this.frame.hidden = true;
       this.frame.title = "search";
       document.body.append(this.frame);
       const inner = this.frame.contentWindow;
-      inner.postMessage = (data) => setTimeout(() => this.onmessage?.({ data }));
+      inner.postMessage = (data) => this.deliver(() => this.onmessage, data);
       const script = inner.document.createElement("script");
-      script.src = new URL(address, location.href);
+      script.src = this.address;
       script.onload = () => {
         this.ready = true;
         this.waiting.splice(0).forEach((data) => this.postMessage(data));
@@ -23,12 +33,19 @@ if (location.protocol === "file:") {
     }
 
     postMessage(data) {
-      if (this.ready) this.frame.contentWindow.onmessage({ data });
+      if (this.ready) this.deliver(() => this.frame.contentWindow?.onmessage, data);
       else this.waiting.push(data);
     }
 
+    /** Later, and as a copy: each side may change what it has. */
+    deliver(to, message) {
+      const data = structuredClone(message);
+      setTimeout(() => to()?.({ data }));
+    }
+
     terminate() {
-      this.frame.remove();
+      this.ended = true;
+      this.frame?.remove();
     }
   };
 }

@@ -50,22 +50,40 @@
   }
 
   /** What is wider than the page scrolls by keyboard, too. */
-  function reach() {
-    for (const box of document.querySelectorAll(".md-typeset .table, .md-typeset pre > code, .md-typeset .hunk")) {
+  function reach(part = document) {
+    for (const box of part.querySelectorAll(".table, pre > code")) {
       if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;
       else if (box.tabIndex === 0) box.removeAttribute("tabindex");
     }
   }
 
+  /** On a narrow page the theme's signs for lists and search answer to the mouse alone. */
+  function press() {
+    const names = { __drawer: "list of pages", __search: "search", __toc: "contents of this page" };
+    for (const label of document.querySelectorAll(".md-header__button[for], .md-sidebar-button[for]")) {
+      const name = names[label.htmlFor];
+      if (!name) continue;
+      label.tabIndex = 0;
+      label.setAttribute("role", "button");
+      label.setAttribute("aria-label", name);
+      label.addEventListener("keydown", (event) => { // the theme itself knows Enter
+        if (event.key !== " ") return;
+        event.preventDefault();
+        label.click();
+      });
+    }
+  }
+
   function begin() {
+    press();
     document.querySelectorAll("button.open-all").forEach(openAll);
     document.querySelector(".source")?.addEventListener("click", number);
     light();
     unfold();
     reach();
     addEventListener("hashchange", () => { light(); unfold(); });
-    addEventListener("resize", reach);
-    document.addEventListener("toggle", reach, true);
+    addEventListener("resize", () => reach());
+    document.addEventListener("toggle", (event) => reach(event.target), true);
     addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((fold) => { fold.open = true; }));
   }
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", begin);
