@@ -10,6 +10,7 @@ import argparse
 import functools
 import http.server
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "assets"))
+import book_glossary  # noqa: E402
 import book_numbers  # noqa: E402
 import book_pages  # noqa: E402
+from lessons import LessonError  # noqa: E402
 
 WEB = ROOT / "assets" / "web"
 STAGE = ROOT / "build" / "book"
@@ -30,11 +33,13 @@ def build(site, stage=STAGE):
     shutil.rmtree(stage, ignore_errors=True)
     book_pages.write(stage)
     done = subprocess.run(
-        [sys.executable, "-m", "zensical", "build", "--clean"],
+        [sys.executable, "-m", "zensical", "build", "--clean", "--strict"],
         cwd=stage, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "assets"), "NO_COLOR": "1"},
     )  # fmt: skip
     if done.returncode:
-        sys.exit(f"error: zensical could not build the book:\n{done.stdout}{done.stderr}")
+        said = " ".join(f"{done.stdout} {done.stderr}".split())
+        raise LessonError(f"zensical could not build the book: {said}")
     shutil.rmtree(site, ignore_errors=True)
     shutil.move(stage / "site", site)
     shutil.copytree(WEB, site / "web", dirs_exist_ok=True)
@@ -45,7 +50,7 @@ def build(site, stage=STAGE):
 def write_data(folder):
     """The numbers that the widgets draw, a script for each, as no page can fetch from disk."""
     folder.mkdir(exist_ok=True)
-    for name, compute in book_numbers.DATA.items():
+    for name, compute in {**book_numbers.DATA, "glossary": book_glossary.entries}.items():
         numbers = json.dumps(compute(), separators=(",", ":"), ensure_ascii=False)
         (folder / f"{name}.js").write_text(f'Book.data["{name}"] = {numbers};\n')
 
@@ -77,3 +82,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         pass
+    except LessonError as error:
+        sys.exit(f"error: {error}")

@@ -30,6 +30,19 @@ window.Book = (() => {
     return node;
   }
 
+  /** The signs on buttons, drawn in a square of 24. */
+  const ICONS = {
+    play: "M8 5.2v13.6a.8.8 0 0 0 1.2.7l11-6.8a.8.8 0 0 0 0-1.4l-11-6.8A.8.8 0 0 0 8 5.2z",
+    pause: "M7 5h3.2v14H7zM13.8 5H17v14h-3.2z",
+    back: "M5 5h2.8v14H5zM19 5.6v12.8a.7.7 0 0 1-1.1.6l-8.6-6.4a.7.7 0 0 1 0-1.2L17.9 5a.7.7 0 0 1 1.1.6z",
+    on: "M16.2 5H19v14h-2.8zM5 5.6v12.8a.7.7 0 0 0 1.1.6l8.6-6.4a.7.7 0 0 0 0-1.2L6.1 5A.7.7 0 0 0 5 5.6z",
+    sound: "M3 9.2v5.6h3.6l5 4.4V4.8l-5 4.4zM14 8.2v7.6a4.4 4.4 0 0 0 0-7.6zM14 3.8v2.1a6.5 6.5 0 0 1 0 12.2v2.1a8.5 8.5 0 0 0 0-16.4z",
+    mute: "M3 9.2v5.6h3.6l5 4.4V4.8l-5 4.4zM15.4 8.2 14 9.6l2.4 2.4-2.4 2.4 1.4 1.4 2.4-2.4 2.4 2.4 1.4-1.4-2.4-2.4 2.4-2.4-1.4-1.4-2.4 2.4z",
+  };
+  function icon(name, more = "") {
+    return svg("svg", { class: `icon ${more}`, viewBox: "0 0 24 24", "aria-hidden": "true" }, svg("path", { d: ICONS[name] }));
+  }
+
   /** Load a script of the book once. */
   function load(path) {
     waiting[path] ??= new Promise((done, failed) => {
@@ -102,16 +115,16 @@ window.Book = (() => {
   function transport(id, moved, seconds = () => 1.4) {
     let steps = 1, time = 0, speed = 1, running = 0, before = 0;
     const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
-    const button = (name, label, onclick) => el("button", { type: "button", class: `do ${name}`, "aria-label": label, title: label, onclick });
-    const play = button("play", "play", () => (running ? pause() : start()));
+    const button = (name, label, onclick, ...icons) => el("button", { type: "button", class: `do ${name}`, "aria-label": label, title: label, onclick }, ...icons);
+    const play = button("play", "play", () => (running ? pause() : start()), icon("play", "go"), icon("pause", "pause"));
     const slider = el("input", { type: "range", min: 0, step: 1, value: 0, class: "time", "aria-label": "moment",
       oninput: () => go(slider.valueAsNumber) });
     const place = el("output", { class: "place" });
     const faster = el("select", { "aria-label": "speed", class: "speed", onchange: () => { speed = Number(faster.value); } },
       ...[0.5, 1, 1.5, 2, 4].map((v) => el("option", { value: v, ...(v === 1 ? { selected: "" } : {}) }, `${v} ×`)));
     const node = el("div", { class: "transport", role: "group", "aria-label": "play" },
-      button("back", "one moment back", () => go(Math.ceil(time) - 1)), play,
-      button("on", "one moment on", () => go(Math.floor(time) + 1)), slider, place, faster);
+      button("back", "one moment back", () => go(Math.ceil(time) - 1), icon("back")), play,
+      button("on", "one moment on", () => go(Math.floor(time) + 1), icon("on")), slider, place, faster);
 
     function show() {
       slider.value = Math.round(time);
@@ -326,5 +339,5 @@ window.Book = (() => {
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start);
   else start();
 
-  return { base, data, formulas, widgets, define: (name, widget) => { widgets[name] = widget; }, el, svg, load, begin, controls, transport, keys, picture, between, figures, table, readAddress, writeAddress, mount };
+  return { base, data, formulas, widgets, define: (name, widget) => { widgets[name] = widget; }, el, svg, icon, load, begin, controls, transport, keys, picture, between, figures, table, readAddress, writeAddress, mount };
 })();
