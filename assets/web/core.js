@@ -54,6 +54,20 @@ window.Book = (() => {
   }
 
   // --- options ------------------------------------------------------------------------------------
+  // {label, choices, names?}: one of several; {label, values, show?}: a slider over given numbers;
+  // {label, min, max, step?, show?}: a slider. max may be a function of the state. when(state): whether
+  // the control means anything.
+
+  /** What an option makes of a value that somebody wrote: the choice or number nearest to it. */
+  function allowed(option, value, state) {
+    if (option.choices) return option.choices.find((choice) => String(choice) === String(value));
+    const number = String(value).trim() === "" ? NaN : Number(value);
+    if (!Number.isFinite(number)) return undefined;
+    if (option.values) return option.values.reduce((best, v) => (Math.abs(v - number) < Math.abs(best - number) ? v : best));
+    const { min, step = 1 } = option, steps = Math.round((number - min) / step);
+    return Number(Math.min(most(option, state), Math.max(min, min + steps * step)).toFixed(10));
+  }
+  const most = ({ max }, state) => (typeof max === "function" ? max(state) : max);
 
   /** The values that a widget begins with: its own, then those of the page, then the address. */
   function begin(options, ...given) {
@@ -62,50 +76,57 @@ window.Book = (() => {
       state[name] = option.value;
       for (const values of given) {
         const value = values?.[name];
-        if (value === undefined || value === null) continue;
-        const chosen = option.choices ? String(value) : Number(value);
-        if (option.choices ? option.choices.map(String).includes(chosen) : Number.isFinite(chosen))
-          state[name] = option.choices ? chosen : Math.min(option.max, Math.max(option.min, chosen));
+        if (value !== undefined && value !== null) state[name] = allowed(option, value, state) ?? state[name];
       }
     }
     return state;
   }
 
-  /** A labelled control for each option; `changed(name, value)` is called when it is used. */
+  /** A labelled control for each option; `changed(name, value, last)` is called when it is used; last
+      is false while a slider is still being dragged. */
   function controls(id, options, state, changed) {
     const inputs = {};
     const nodes = Object.entries(options).map(([name, option]) => {
       const key = `${id}-${name}`;
       const show = option.show ?? String;
       if (option.choices) {
-        const input = el("select", { id: key, onchange: () => changed(name, input.value) },
+        const input = el("select", { id: key, onchange: () => changed(name, allowed(option, input.value, state), true) },
           ...option.choices.map((c) => el("option", { value: c }, option.names?.[c] ?? String(c))));
         inputs[name] = (value) => { input.value = value; };
         return el("label", { class: "control", for: key }, el("span", {}, option.label), input);
       }
       const output = el("output", { for: key });
-      const { min, max, step = 1 } = option;
-      const input = el("input", { id: key, type: "range", min, max, step,
-        oninput: () => { output.value = show(input.valueAsNumber); changed(name, input.valueAsNumber); } });
-      inputs[name] = (value) => { input.value = value; output.value = show(value); };
+      const { values, min = 0, step = 1 } = option, value = () => (values ? values[input.valueAsNumber] : input.valueAsNumber);
+      const say = (now) => { output.value = show(now); input.setAttribute("aria-valuetext", show(now)); };
+      const use = (last) => () => { say(value()); changed(name, value(), last); };
+      const input = el("input", { id: key, type: "range", min, step, oninput: use(false), onchange: use(true) });
+      inputs[name] = (now) => {
+        input.max = values ? values.length - 1 : most(option, state);
+        input.value = values ? values.indexOf(now) : now;
+        say(now);
+      };
       return el("label", { class: "control", for: key }, el("span", {}, option.label), input, output);
     });
-    const renew = () => Object.entries(inputs).forEach(([name, set]) => set(state[name]));
+    const renew = () => Object.entries(inputs).forEach(([name, set], i) => {
+      set(state[name]);
+      nodes[i].hidden = !(options[name].when?.(state) ?? true);
+    });
     renew();
     return { nodes, renew };
   }
 
   // --- play, pause, step, speed -------------------------------------------------------------------
 
-  /** Buttons and a clock for moments 0 to steps - 1. `moved(time)` is called with each new time.
-      With `seconds(step)` the pause at a moment has its own length. */
+  /** Buttons and a clock for moments 0 to steps - 1. `moved(time, runs, last)` is called with each new
+      time; last is false while the slider is being dragged. With `seconds(step)` the pause at a moment
+      has its own length. */
   function transport(id, moved, seconds = () => 1.4) {
     let steps = 1, time = 0, speed = 1, running = 0, before = 0;
     const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
     const button = (name, label, onclick) => el("button", { type: "button", class: `do ${name}`, "aria-label": label, title: label, onclick });
     const play = button("play", "play", () => (running ? pause() : start()));
     const slider = el("input", { type: "range", min: 0, step: 1, value: 0, class: "time", "aria-label": "moment",
-      oninput: () => go(slider.valueAsNumber) });
+      oninput: () => go(slider.valueAsNumber, false), onchange: () => go(slider.valueAsNumber) });
     const place = el("output", { class: "place" });
     const faster = el("select", { "aria-label": "speed", class: "speed", onchange: () => { speed = Number(faster.value); } },
       ...[0.5, 1, 1.5, 2, 4].map((v) => el("option", { value: v, ...(v === 1 ? { selected: "" } : {}) }, `${v} ×`)));
@@ -113,23 +134,28 @@ window.Book = (() => {
       button("back", "one moment back", () => go(Math.ceil(time) - 1)), play,
       button("on", "one moment on", () => go(Math.floor(time) + 1)), slider, place, faster);
 
-    function show() {
-      slider.value = Math.round(time);
-      place.value = `${Math.floor(time + 1e-6) + 1} / ${steps}`;
+    function show(last = true) {
+      const moment = Math.floor(time + 1e-6), verb = running ? "pause" : "play";
+      slider.value = moment;
+      place.value = `${moment + 1} / ${steps}`;
       slider.setAttribute("aria-valuetext", `moment ${place.value}`);
       play.classList.toggle("runs", Boolean(running));
-      play.setAttribute("aria-label", running ? "pause" : "play");
-      moved(time, Boolean(running));
+      play.setAttribute("aria-label", verb);
+      play.title = verb;
+      moved(time, Boolean(running), last);
     }
-    function go(to) { pause(); time = Math.min(steps - 1, Math.max(0, to)); show(); }
-    function pause() {
-      if (!running) return;
+    function go(to, last = true) {
+      stop();
+      time = Math.min(steps - 1, Math.max(0, Number.isFinite(to) ? to : 0));
+      show(last);
+    }
+    function pause() { if (running) go(Math.round(time)); }
+    function stop() {
       cancelAnimationFrame(running);
       running = 0;
-      time = Math.round(time);
-      show();
     }
     function start() {
+      stop();
       if (time >= steps - 1) time = 0;
       before = performance.now();
       running = requestAnimationFrame(tick);
@@ -138,7 +164,7 @@ window.Book = (() => {
     function tick(now) {
       time += ((now - before) / 1000) * (speed / seconds(Math.floor(time)));
       before = now;
-      if (time >= steps - 1) { time = steps - 1; pause(); return; }
+      if (time >= steps - 1) { go(steps - 1); return; }
       running = requestAnimationFrame(tick);
       if (calm) { const at = time; time = Math.floor(time); show(); time = at; } else show();
     }
@@ -154,7 +180,7 @@ window.Book = (() => {
   /** Space plays, arrows step, wherever the focus in the widget is and has no use for the key. */
   function keys(root, clock) {
     root.addEventListener("keydown", (event) => {
-      if (event.target.closest("input, select, textarea") || event.ctrlKey || event.metaKey || event.altKey) return;
+      if (event.target.closest("input, select, textarea, .scroll") || event.ctrlKey || event.metaKey || event.altKey) return;
       const action = { ArrowLeft: () => clock.go(Math.ceil(clock.time) - 1), ArrowRight: () => clock.go(Math.floor(clock.time) + 1) }[event.key]
         ?? (event.key === " " && !event.target.closest("button, summary, a, [role=button]") ? clock.toggle : null);
       if (!action) return;
@@ -166,9 +192,10 @@ window.Book = (() => {
 
   // --- pictures -----------------------------------------------------------------------------------
 
-  const MOVING = ["x", "y", "w", "h", "x2", "y2", "r", "opacity", "size"];
+  const MOVING = ["x", "y", "w", "h", "x2", "y2", "r", "size"];
 
-  /** The shapes between two moments: what has the same id moves, what is new or gone fades. */
+  /** The shapes between two moments: what has the same id moves, what is new or gone fades. A shape
+      takes its new text and colour half way, or at the share `turns` of the way, where a new one comes. */
   function between(from, to, share) {
     if (share <= 0) return from;
     if (share >= 1) return to;
@@ -177,10 +204,11 @@ window.Book = (() => {
     const ease = share < 0.5 ? 2 * share * share : 1 - 2 * (1 - share) ** 2;
     const shapes = to.map((shape) => {
       const was = old.get(shape.id);
-      if (!was) return { ...shape, opacity: (shape.opacity ?? 1) * ease };
-      const now = { ...(ease < 0.5 ? was : shape) };
+      if (!was) return { ...shape, opacity: (shape.opacity ?? 1) * (shape.turns === undefined ? ease : Number(ease >= shape.turns)) };
+      const now = { ...(ease < (shape.turns ?? 0.5) ? was : shape) };
       for (const key of MOVING)
         if (typeof was[key] === "number" && typeof shape[key] === "number") now[key] = was[key] + (shape[key] - was[key]) * ease;
+      now.opacity = (was.opacity ?? 1) + ((shape.opacity ?? 1) - (was.opacity ?? 1)) * ease;
       return now;
     });
     const gone = from.filter((shape) => !fresh.has(shape.id));
@@ -188,7 +216,9 @@ window.Book = (() => {
   }
 
   /** Draw a shape. Kinds: rect, text, line, arrow, circle, path. `fill` and `stroke` name colours of
-      book.css: rank-0 to rank-7, quiet, paper, ink, good, bad, accent. */
+      book.css: rank-0 to rank-7, quiet, paper, ink, good, bad, accent. `head`: a path ends in an arrow.
+      `choose`: changes to the state that a click makes. `tab`: of all choices with it, only those where
+      it is true are in the way of the tab key; the arrow keys lead to the others. */
   function draw(shape, chosen) {
     const colour = (name) => (name ? `var(--${name})` : "none");
     const look = { opacity: shape.opacity ?? 1, "data-id": shape.id };
@@ -196,7 +226,7 @@ window.Book = (() => {
     if (shape.kind === "text") parts.push(words(shape, shape.x, shape.y, shape.anchor ?? "middle", colour(shape.fill ?? "ink")));
     if (shape.kind === "rect") {
       parts.push(svg("rect", { x: shape.x, y: shape.y, width: Math.max(0, shape.w), height: Math.max(0, shape.h), rx: shape.round ?? 3,
-        fill: colour(shape.fill), stroke: colour(shape.stroke), "stroke-dasharray": shape.dashed ? "4 3" : null }));
+        fill: colour(shape.fill), stroke: colour(shape.stroke), "stroke-width": shape.thick, "stroke-dasharray": shape.dashed ? "4 3" : null }));
       if (shape.text !== undefined) parts.push(words(shape, shape.x + shape.w / 2, shape.y + shape.h / 2, "middle", colour(shape.ink ?? (shape.fill ? `on-${shape.fill}` : "ink"))));
     }
     if (shape.kind === "circle") {
@@ -206,11 +236,24 @@ window.Book = (() => {
     if (shape.kind === "line" || shape.kind === "arrow")
       parts.push(svg("line", { x1: shape.x, y1: shape.y, x2: shape.x2, y2: shape.y2, stroke: colour(shape.stroke ?? "ink"), "stroke-width": shape.thick ?? 1.5,
         "stroke-dasharray": shape.dashed ? "4 3" : null, "marker-end": shape.kind === "arrow" ? "url(#book-arrow)" : null }));
-    if (shape.kind === "path") parts.push(svg("path", { d: shape.d, fill: colour(shape.fill), stroke: colour(shape.stroke), "stroke-width": shape.thick ?? 1.5, "stroke-dasharray": shape.dashed ? "4 3" : null }));
+    if (shape.kind === "path") parts.push(svg("path", { d: shape.d, fill: colour(shape.fill), stroke: colour(shape.stroke), "stroke-width": shape.thick ?? 1.5, "stroke-dasharray": shape.dashed ? "4 3" : null, "marker-end": shape.head ? "url(#book-arrow)" : null }));
     if (!shape.choose) return svg("g", look, ...parts);
     const choose = () => chosen(shape.choose);
-    const press = (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); event.stopPropagation(); choose(); } };
-    return svg("g", { ...look, role: "button", tabindex: 0, class: "choice", "aria-label": shape.label, "aria-pressed": shape.pressed === undefined ? null : String(shape.pressed), onclick: choose, onkeydown: press }, ...parts);
+    const press = (event) => {
+      const way = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 }[event.key];
+      if (event.key === "Enter" || event.key === " ") choose();
+      else if (way && shape.tab !== undefined) neighbour(event.currentTarget, way).focus();
+      else return;
+      event.preventDefault();
+      event.stopPropagation();
+    };
+    return svg("g", { ...look, role: "button", tabindex: shape.tab === false ? -1 : 0, class: "choice", "aria-label": shape.label, "aria-pressed": shape.pressed === undefined ? null : String(shape.pressed), onclick: choose, onkeydown: press }, ...parts);
+  }
+
+  /** The choice before (way -1) or after (1) one of them; after the last comes the first. */
+  function neighbour(choice, way) {
+    const all = [...choice.parentNode.querySelectorAll(".choice")];
+    return all.at((all.indexOf(choice) + way) % all.length);
   }
 
   function words(shape, x, y, anchor, fill) {
@@ -225,21 +268,39 @@ window.Book = (() => {
       svg("path", { d: "M0 0 L8 4 L0 8 z", fill: "context-stroke" })));
   }
 
+  /** Draw something anew. The shape that had the focus has it again. */
+  function keepingFocus(parent, work) {
+    const id = parent.contains(document.activeElement) ? document.activeElement.getAttribute("data-id") : null;
+    work();
+    if (id && !parent.contains(document.activeElement)) parent.querySelector(`[data-id="${CSS.escape(id)}"]`)?.focus({ preventScroll: true });
+  }
+
   /** A picture of a widget in `width` units: {node, scene, seek(time)}. A film uses it alone. */
   function picture(name, state, width, chosen = () => {}) {
-    const scene = widgets[name].scene(state, width);
+    const scene = widgets[name].scene(state, width), moments = [];
+    const at = (step) => (moments[step] ??= scene.at(step));
     const content = svg("g"), root = svg("svg", { viewBox: `0 0 ${width} ${scene.height}`, class: "picture" }, arrowHead(), content);
     const clickable = () => content.querySelector("[role=button]") !== null;
+    let drawn = new Map(); // look: node
+
+    /** Draw only what has changed: what is being clicked on stays. */
+    function show(shapes) {
+      const before = drawn, looks = shapes.map((shape) => JSON.stringify(shape));
+      drawn = new Map(looks.map((look, i) => [look, before.get(look) ?? draw(shapes[i], chosen)]));
+      before.forEach((node, look) => drawn.has(look) || node.remove());
+      let next = content.firstChild;
+      for (const node of drawn.values()) {
+        if (node === next) next = next.nextSibling;
+        else content.insertBefore(node, next);
+      }
+    }
     return {
       node: root, scene,
       seek(time) {
         const first = Math.min(scene.steps - 1, Math.floor(time + 1e-6)), share = time - first;
-        const from = scene.at(first), to = share > 1e-6 ? scene.at(first + 1) : from;
+        const from = at(first), to = share > 1e-6 ? at(first + 1) : from;
         // A moment is looked at before it moves on: the last third of its time is the movement.
-        const shapes = between(from.shapes, to.shapes, Math.max(0, 3 * share - 2));
-        const focus = content.contains(document.activeElement) ? document.activeElement.getAttribute("data-id") : null;
-        content.replaceChildren(...shapes.map((shape) => draw(shape, chosen)));
-        if (focus) content.querySelector(`[data-id="${CSS.escape(focus)}"]`)?.focus();
+        keepingFocus(content, () => show(between(from.shapes, to.shapes, Math.max(0, 3 * share - 2))));
         root.setAttribute("role", clickable() ? "group" : "img");
         root.setAttribute("aria-label", from.caption);
         return from;
@@ -265,26 +326,35 @@ window.Book = (() => {
     const address = readAddress(id), state = begin(widget.options, given, address);
     const stage = el("div", { class: "stage" }), caption = el("p", { class: "caption", "aria-live": "polite" });
     const numbers = el("dl", { class: "numbers" }), more = el("div", { class: "more" });
-    let shown = null, used = false;
+    let shown = null, moment = null, used = false, later = 0;
 
-    const clock = transport(id, (time, runs) => {
+    const clock = transport(id, (time, runs, last) => {
       if (!shown) return;
-      const moment = shown.seek(time);
-      if (!runs || caption.textContent !== moment.caption) caption.textContent = moment.caption;
-      numbers.replaceChildren(...figures(moment.numbers ?? shown.scene.numbers ?? []));
-      if (used && !runs) remember();
+      const before = moment;
+      moment = shown.seek(time);
+      if (moment !== before) {
+        if (caption.textContent !== moment.caption) caption.textContent = moment.caption;
+        numbers.replaceChildren(...figures(moment.numbers ?? shown.scene.numbers ?? []));
+      }
+      if (used && !runs) remember(last);
     }, widget.seconds);
-    const remember = () => writeAddress(id, { ...state, step: Math.round(clock.time) });
-    const change = (changes) => {
-      Object.assign(state, changes);
-      used = true;
-      renew();
-      remember();
+    /** Put the state into the address: later, while a slider moves, or browsers refuse. */
+    const remember = (last = true) => {
+      clearTimeout(later);
+      if (last) writeAddress(id, { ...state, step: Math.round(clock.time) });
+      else later = setTimeout(remember, 300);
     };
-    const inputs = controls(id, widget.options, state, (option, value) => change({ [option]: value }));
+    const change = (changes, last = true) => {
+      Object.assign(state, changes);
+      used = false; // until it is drawn anew
+      keepingFocus(stage, () => renew(Object.keys(changes)[0]));
+      used = true;
+      remember(last);
+    };
+    const inputs = controls(id, widget.options, state, (option, value, last) => change({ [option]: value }, last));
 
-    function renew() {
-      widget.settle?.(state); // options that depend on each other
+    function renew(changed) {
+      widget.settle?.(state, changed); // options that depend on each other
       const width = root.clientWidth < NARROW ? 360 : 760;
       shown = picture(name, state, width, change);
       stage.replaceChildren(shown.node);
@@ -301,17 +371,26 @@ window.Book = (() => {
     new ResizeObserver(() => { if (wide !== root.clientWidth < NARROW) { wide = !wide; renew(); } }).observe(root);
     clock.go(Number(address?.step ?? given.step ?? 0));
     if (address) root.scrollIntoView();
+    return (said) => { // a link in the page leads here
+      Object.assign(state, begin(widget.options, given, said));
+      renew();
+      clock.go(Number(said.step ?? 0));
+      root.scrollIntoView();
+    };
   }
 
   /** Make the widgets of this page: <div data-widget="ring" data-options='{"cp": 4}'>. */
   function start() {
     for (const [i, root] of [...document.querySelectorAll("[data-widget]")].entries()) {
       const name = root.dataset.widget, id = root.id || `${name}${i || ""}`;
+      let take = null;
       const make = async () => {
+        if (take) return take(readAddress(id));
+        take = () => {}; // it is being made
         try {
           await load(`${name}.js`);
           await Promise.all((widgets[name].data ?? []).map((file) => load(`data/${file}.js`)));
-          mount(root, name, JSON.parse(root.dataset.options ?? "{}"), id);
+          take = mount(root, name, JSON.parse(root.dataset.options ?? "{}"), id) ?? take;
           root.dataset.ready = "yes";
         } catch (error) {
           root.append(el("p", { class: "failed" }, `This could not be shown: ${error.message}`));
@@ -319,6 +398,7 @@ window.Book = (() => {
         }
       };
       root.classList.add("widget");
+      addEventListener("hashchange", () => { if (readAddress(id)) make(); });
       if (readAddress(id)) make();
       else new IntersectionObserver((seen, watch) => { if (seen.some((s) => s.isIntersecting)) { watch.disconnect(); make(); } }, { rootMargin: "400px" }).observe(root);
     }
