@@ -1,6 +1,6 @@
-/* What all widgets of the book share: controls, play and pause, the state in the address, and
-   pictures that move. A widget says what it shows at each moment; this file does the rest.
-   Plain scripts, because browsers load no modules from disk. */
+/* What all widgets of the book share: controls, play and pause, the state in the address. A widget
+   says what it shows at each moment; this file and pictures.js do the rest. Plain scripts, because
+   browsers load no modules from disk. */
 "use strict";
 
 window.Book = (() => {
@@ -180,132 +180,14 @@ window.Book = (() => {
   /** Space plays, arrows step, wherever the focus in the widget is and has no use for the key. */
   function keys(root, clock) {
     root.addEventListener("keydown", (event) => {
-      if (event.target.closest("input, select, textarea, .scroll") || event.ctrlKey || event.metaKey || event.altKey) return;
-      const action = { ArrowLeft: () => clock.go(Math.ceil(clock.time) - 1), ArrowRight: () => clock.go(Math.floor(clock.time) + 1) }[event.key]
-        ?? (event.key === " " && !event.target.closest("button, summary, a, [role=button]") ? clock.toggle : null);
+      const uses = (what) => event.target.closest(`select, textarea, .scroll, ${what}`);
+      if (uses(event.key === " " ? "input:not([type=range]), button, summary, a, [role=button]" : "input") || event.ctrlKey || event.metaKey || event.altKey) return;
+      const action = { " ": clock.toggle, ArrowLeft: () => clock.go(Math.ceil(clock.time) - 1), ArrowRight: () => clock.go(Math.floor(clock.time) + 1) }[event.key];
       if (!action) return;
       event.preventDefault();
       event.stopPropagation();
       action();
     });
-  }
-
-  // --- pictures -----------------------------------------------------------------------------------
-
-  const MOVING = ["x", "y", "w", "h", "x2", "y2", "r", "size"];
-
-  /** The shapes between two moments: what has the same id moves, what is new or gone fades. A shape
-      takes its new text and colour half way, or at the share `turns` of the way, where a new one comes. */
-  function between(from, to, share) {
-    if (share <= 0) return from;
-    if (share >= 1) return to;
-    const old = new Map(from.map((shape) => [shape.id, shape]));
-    const fresh = new Map(to.map((shape) => [shape.id, shape]));
-    const ease = share < 0.5 ? 2 * share * share : 1 - 2 * (1 - share) ** 2;
-    const shapes = to.map((shape) => {
-      const was = old.get(shape.id);
-      if (!was) return { ...shape, opacity: (shape.opacity ?? 1) * (shape.turns === undefined ? ease : Number(ease >= shape.turns)) };
-      const now = { ...(ease < (shape.turns ?? 0.5) ? was : shape) };
-      for (const key of MOVING)
-        if (typeof was[key] === "number" && typeof shape[key] === "number") now[key] = was[key] + (shape[key] - was[key]) * ease;
-      now.opacity = (was.opacity ?? 1) + ((shape.opacity ?? 1) - (was.opacity ?? 1)) * ease;
-      return now;
-    });
-    const gone = from.filter((shape) => !fresh.has(shape.id));
-    return [...shapes, ...gone.map((shape) => ({ ...shape, opacity: (shape.opacity ?? 1) * (1 - ease) }))];
-  }
-
-  /** Draw a shape. Kinds: rect, text, line, arrow, circle, path. `fill` and `stroke` name colours of
-      book.css: rank-0 to rank-7, quiet, paper, ink, good, bad, accent. `head`: a path ends in an arrow.
-      `choose`: changes to the state that a click makes. `tab`: of all choices with it, only those where
-      it is true are in the way of the tab key; the arrow keys lead to the others. */
-  function draw(shape, chosen) {
-    const colour = (name) => (name ? `var(--${name})` : "none");
-    const look = { opacity: shape.opacity ?? 1, "data-id": shape.id };
-    const parts = [];
-    if (shape.kind === "text") parts.push(words(shape, shape.x, shape.y, shape.anchor ?? "middle", colour(shape.fill ?? "ink")));
-    if (shape.kind === "rect") {
-      parts.push(svg("rect", { x: shape.x, y: shape.y, width: Math.max(0, shape.w), height: Math.max(0, shape.h), rx: shape.round ?? 3,
-        fill: colour(shape.fill), stroke: colour(shape.stroke), "stroke-width": shape.thick, "stroke-dasharray": shape.dashed ? "4 3" : null }));
-      if (shape.text !== undefined) parts.push(words(shape, shape.x + shape.w / 2, shape.y + shape.h / 2, "middle", colour(shape.ink ?? (shape.fill ? `on-${shape.fill}` : "ink"))));
-    }
-    if (shape.kind === "circle") {
-      parts.push(svg("circle", { cx: shape.x, cy: shape.y, r: shape.r, fill: colour(shape.fill), stroke: colour(shape.stroke) }));
-      if (shape.text !== undefined) parts.push(words(shape, shape.x, shape.y, "middle", colour(shape.ink ?? `on-${shape.fill}`)));
-    }
-    if (shape.kind === "line" || shape.kind === "arrow")
-      parts.push(svg("line", { x1: shape.x, y1: shape.y, x2: shape.x2, y2: shape.y2, stroke: colour(shape.stroke ?? "ink"), "stroke-width": shape.thick ?? 1.5,
-        "stroke-dasharray": shape.dashed ? "4 3" : null, "marker-end": shape.kind === "arrow" ? "url(#book-arrow)" : null }));
-    if (shape.kind === "path") parts.push(svg("path", { d: shape.d, fill: colour(shape.fill), stroke: colour(shape.stroke), "stroke-width": shape.thick ?? 1.5, "stroke-dasharray": shape.dashed ? "4 3" : null, "marker-end": shape.head ? "url(#book-arrow)" : null }));
-    if (!shape.choose) return svg("g", look, ...parts);
-    const choose = () => chosen(shape.choose);
-    const press = (event) => {
-      const way = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 }[event.key];
-      if (event.key === "Enter" || event.key === " ") choose();
-      else if (way && shape.tab !== undefined) neighbour(event.currentTarget, way).focus();
-      else return;
-      event.preventDefault();
-      event.stopPropagation();
-    };
-    return svg("g", { ...look, role: "button", tabindex: shape.tab === false ? -1 : 0, class: "choice", "aria-label": shape.label, "aria-pressed": shape.pressed === undefined ? null : String(shape.pressed), onclick: choose, onkeydown: press }, ...parts);
-  }
-
-  /** The choice before (way -1) or after (1) one of them; after the last comes the first. */
-  function neighbour(choice, way) {
-    const all = [...choice.parentNode.querySelectorAll(".choice")];
-    return all.at((all.indexOf(choice) + way) % all.length);
-  }
-
-  function words(shape, x, y, anchor, fill) {
-    const lines = String(shape.text).split("\n"), size = shape.size ?? 13;
-    const spans = lines.map((line, i) => svg("tspan", { x, y: y + (i - (lines.length - 1) / 2) * size * 1.2 }, line));
-    return svg("text", { "font-size": size, "text-anchor": anchor, "dominant-baseline": "central", fill,
-      "font-weight": shape.bold ? 700 : null, class: shape.mono ? "mono" : null }, ...spans);
-  }
-
-  function arrowHead() {
-    return svg("defs", {}, svg("marker", { id: "book-arrow", viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 6, markerHeight: 6, orient: "auto" },
-      svg("path", { d: "M0 0 L8 4 L0 8 z", fill: "context-stroke" })));
-  }
-
-  /** Draw something anew. The shape that had the focus has it again. */
-  function keepingFocus(parent, work) {
-    const id = parent.contains(document.activeElement) ? document.activeElement.getAttribute("data-id") : null;
-    work();
-    if (id && !parent.contains(document.activeElement)) parent.querySelector(`[data-id="${CSS.escape(id)}"]`)?.focus({ preventScroll: true });
-  }
-
-  /** A picture of a widget in `width` units: {node, scene, seek(time)}. A film uses it alone. */
-  function picture(name, state, width, chosen = () => {}) {
-    const scene = widgets[name].scene(state, width), moments = [];
-    const at = (step) => (moments[step] ??= scene.at(step));
-    const content = svg("g"), root = svg("svg", { viewBox: `0 0 ${width} ${scene.height}`, class: "picture" }, arrowHead(), content);
-    const clickable = () => content.querySelector("[role=button]") !== null;
-    let drawn = new Map(); // look: node
-
-    /** Draw only what has changed: what is being clicked on stays. */
-    function show(shapes) {
-      const before = drawn, looks = shapes.map((shape) => JSON.stringify(shape));
-      drawn = new Map(looks.map((look, i) => [look, before.get(look) ?? draw(shapes[i], chosen)]));
-      before.forEach((node, look) => drawn.has(look) || node.remove());
-      let next = content.firstChild;
-      for (const node of drawn.values()) {
-        if (node === next) next = next.nextSibling;
-        else content.insertBefore(node, next);
-      }
-    }
-    return {
-      node: root, scene,
-      seek(time) {
-        const first = Math.min(scene.steps - 1, Math.floor(time + 1e-6)), share = time - first;
-        const from = at(first), to = share > 1e-6 ? at(first + 1) : from;
-        // A moment is looked at before it moves on: the last third of its time is the movement.
-        keepingFocus(content, () => show(between(from.shapes, to.shapes, Math.max(0, 3 * share - 2))));
-        root.setAttribute("role", clickable() ? "group" : "img");
-        root.setAttribute("aria-label", from.caption);
-        return from;
-      },
-    };
   }
 
   // --- a widget on a page -------------------------------------------------------------------------
@@ -347,7 +229,7 @@ window.Book = (() => {
     const change = (changes, last = true) => {
       Object.assign(state, changes);
       used = false; // until it is drawn anew
-      keepingFocus(stage, () => renew(Object.keys(changes)[0]));
+      Book.keepingFocus(stage, () => renew(Object.keys(changes)[0]));
       used = true;
       remember(last);
     };
@@ -356,19 +238,18 @@ window.Book = (() => {
     function renew(changed) {
       widget.settle?.(state, changed); // options that depend on each other
       const width = root.clientWidth < NARROW ? 360 : 760;
-      shown = picture(name, state, width, change);
+      shown = Book.picture(name, state, width, change);
       stage.replaceChildren(shown.node);
       more.replaceChildren(...(shown.scene.tables ?? []).map(table));
       inputs.renew();
       clock.steps = shown.scene.steps;
     }
     root.replaceChildren(el("div", { class: "controls" }, ...inputs.nodes), stage, clock.node, caption, numbers, more);
-    root.addEventListener("input", () => { used = true; });
-    root.addEventListener("click", () => { used = true; });
+    for (const act of ["input", "click", "keydown"]) root.addEventListener(act, () => { used = true; }, true);
     keys(root, clock);
     renew();
     let wide = root.clientWidth < NARROW;
-    new ResizeObserver(() => { if (wide !== root.clientWidth < NARROW) { wide = !wide; renew(); } }).observe(root);
+    new ResizeObserver(() => { if (wide !== root.clientWidth < NARROW) { wide = !wide; Book.keepingFocus(stage, () => renew()); } }).observe(root);
     clock.go(Number(address?.step ?? given.step ?? 0));
     if (address) root.scrollIntoView();
     return (said) => { // a link in the page leads here
@@ -390,7 +271,7 @@ window.Book = (() => {
         try {
           await load(`${name}.js`);
           await Promise.all((widgets[name].data ?? []).map((file) => load(`data/${file}.js`)));
-          take = mount(root, name, JSON.parse(root.dataset.options ?? "{}"), id) ?? take;
+          take = (await mount(root, name, JSON.parse(root.dataset.options ?? "{}"), id)) ?? take;
           root.dataset.ready = "yes";
         } catch (error) {
           root.append(el("p", { class: "failed" }, `This could not be shown: ${error.message}`));
@@ -406,5 +287,5 @@ window.Book = (() => {
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start);
   else start();
 
-  return { base, data, formulas, widgets, define: (name, widget) => { widgets[name] = widget; }, el, svg, load, begin, controls, transport, keys, picture, between, figures, table, readAddress, writeAddress, mount };
+  return { base, data, formulas, widgets, define: (name, widget) => { widgets[name] = widget; }, el, svg, load, begin, controls, transport, keys, figures, table, readAddress, writeAddress, mount };
 })();
