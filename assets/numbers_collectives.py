@@ -25,6 +25,7 @@ def collectives():
         "results": {
             kind: {n: [of_rank[n][kind] for of_rank in found[:n]] for n in RANKS} for kind in HOPS
         },
+        "sends": sends(),
         "links": links(),
     }
 
@@ -162,20 +163,29 @@ HOPS = {
 # --- how fast -------------------------------------------------------------------------------------
 
 
+def costs(step, pattern):
+    """What a page of costs says."""
+    found = re.search(pattern, (ROOT / step / "COSTS.md").read_text(), re.MULTILINE)
+    assert found, f"{step}/COSTS.md says no longer what the widget reads: {pattern}"
+    return found[1]
+
+
+def sends():
+    """What a rank sends of M bytes, in a ring: the formulas of the lesson, by kind."""
+    table = {
+        kind: costs(STEP, rf"^\| {kind} \| [^|]+\| `([^`]+)`")
+        for kind in HOPS
+        if kind != "all-to-all"
+    }
+    return table | {"all-to-all": table["all-gather"]}  # all parts but its own
+
+
 def links():
     """Links that the lessons measure or name: latency in ms, bandwidths in GB/s."""
-    step2 = (ROOT / STEP / "COSTS.md").read_text()
-    step9 = (ROOT / "step9_4d" / "COSTS.md").read_text()
-
-    def number(pattern, text):
-        found = re.search(pattern, text)
-        assert found, f"COSTS.md has no longer what a widget reads: {pattern}"
-        return float(found[1])
-
-    two_hops = number(r"(?m)^ +1 floats: +([\d.]+) ms", step2)  # of two ranks: there and back
+    two_hops = float(costs(STEP, r"^ +1 floats: +([\d.]+) ms"))  # of two ranks: there and back
     return {
         "latency": round(two_hops / 2, 3),
-        "gloo": number(r"(?m)^[\d,]{10,} floats: .* ([\d.]+) GB/s a rank\n```", step2),
-        "host": number(r"sends (\d+) GB/s inside its host", step9),
-        "network": number(r"network with (\d+) GB/s", step9),
+        "gloo": float(costs(STEP, r"^[\d,]{10,} floats: .* ([\d.]+) GB/s a rank\n```")),
+        "host": float(costs("step9_4d", r"sends (\d+) GB/s inside its host")),
+        "network": float(costs("step9_4d", r"network with (\d+) GB/s")),
     }

@@ -89,11 +89,45 @@ def number(widget, name):
     return widget.locator(f'[data-number="{name}"]').inner_text()
 
 
+def shapes(widget):
+    """What a widget's picture shows: {id of a shape: {"text": its lines in one, "fill": colour}}."""
+    read = """(root) => Object.fromEntries([...root.querySelectorAll("[data-id]")].map((node) => [
+      node.dataset.id,
+      {text: [...node.querySelectorAll("tspan")].map((line) => line.textContent).join(" "),
+       fill: node.firstChild.getAttribute("fill")?.replace(/var\\(--(.*)\\)/, "$1")}]))"""
+    return widget.evaluate(read)
+
+
 def ready(page, selector):
     """Bring a widget into view and wait until it is there."""
     page.locator(selector).scroll_into_view_if_needed()
     page.wait_for_selector(f"{selector}[data-ready]", timeout=10_000)
     return page.locator(selector)
+
+
+MISPLACED = """([name, state, width]) => {
+  const picture = Book.picture(name, state, width), found = new Set(), least = width > 500 ? 12 : 11;
+  picture.node.style.cssText = `position: absolute; top: 0; left: 0; width: ${width}px`;
+  document.body.append(picture.node);
+  for (let step = 0; step < picture.scene.steps; step++) {
+    picture.seek(step);
+    for (const node of picture.node.querySelectorAll("[data-id]")) {
+      const box = node.getBBox(), text = node.querySelector("text"), rect = node.querySelector("rect");
+      const outside = box.x < -1 || box.y < -1 || box.x + box.width > width + 1;
+      const said = (what) => found.add(`${node.dataset.id}: ${what}, moment ${step}`);
+      if (outside || box.y + box.height > picture.scene.height + 1) said("beyond the picture");
+      if (text?.getAttribute("font-size") < least) said("small text");
+      if (text && rect && text.getBBox().width > rect.getBBox().width) said("wider than its box");
+    }
+  }
+  picture.node.remove();
+  return [...found];
+}"""  # noqa: E501
+
+
+def misplaced(page, widget, state, width):
+    """What is wrong with the place or size of a widget's shapes, at any moment, in words."""
+    return page.evaluate(MISPLACED, [widget, state, width])
 
 
 def main():

@@ -5,14 +5,8 @@
 (() => {
   const KINDS = ["all-reduce", "all-gather", "reduce-scatter", "broadcast", "exchange", "all-to-all"];
   const ADDS = ["all-reduce", "reduce-scatter"];
-  const SENDS = { // what a rank sends at most, of M bytes; d: hops up or down a tree
-    "all-reduce": { ring: "2 (n − 1)/n · M", tree: "d · M" },
-    "all-gather": { ring: "(n − 1)/n · M", tree: "d · M" },
-    "reduce-scatter": { ring: "(n − 1)/n · M", tree: "less than 2 M" },
-    broadcast: { ring: "M", tree: "d · M" },
-    exchange: { ring: "M" },
-    "all-to-all": { pairs: "(n − 1)/n · M" },
-  };
+  // What no rank of a tree exceeds; d: hops up or down. For a ring the lesson has the formula.
+  const TREE_SENDS = { "all-reduce": "d · M", "all-gather": "d · M", "reduce-scatter": "2 M", broadcast: "d · M" };
   const numbers = () => Book.data.collectives;
   const ways = (kind) => Object.keys(numbers().hops[kind]);
   const hopsOf = (kind, way, n) => numbers().hops[kind][way][n];
@@ -119,8 +113,8 @@
       exchange: "Each rank has the tensor of the rank before it.",
       "all-to-all": "Part r of every rank is now on rank r.",
     }[kind];
-    const depth = way === "tree" ? ` d = ${Math.ceil(Math.log2(n))}.` : "";
-    return `${has} That took ${hops} hop${hops > 1 ? "s" : ""}, and no rank has sent more than ${SENDS[kind][way]}.${depth}`;
+    const most = way === "tree" ? `${TREE_SENDS[kind]}, with d = ${Math.ceil(Math.log2(n))}` : numbers().sends[kind];
+    return `${has} That took ${hops} hop${hops > 1 ? "s" : ""}, and no rank has sent more than ${most}.`;
   }
 
   // --- picture ------------------------------------------------------------------------------------

@@ -191,7 +191,7 @@
       for (let piece = 0; piece < pieces; piece++) {
         const where = down ? { x, y: top + 46 + piece * length, w, h: length - 1 } : { x: x + piece * length, y: top + 46, w: length - 1, h };
         const lit = mine.includes(piece) ? COLOURS[axis] : "quiet";
-        shapes.push({ id: `${axis} piece ${piece}`, kind: "rect", ...where, round: 0, fill: lit, opacity, size: 11, text: axis === "cp" ? piece : undefined });
+        shapes.push({ id: `${axis} piece ${piece}`, kind: "rect", ...where, round: 0, fill: lit, opacity, size, text: axis === "cp" ? piece : undefined });
       }
       top += 62 + h;
     }
