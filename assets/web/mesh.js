@@ -129,7 +129,7 @@
   /** A layout with k blocks in a line. With one block in a line its dp stands at the left. */
   function layoutOf(sizes, across, size, name, k) {
     const step = size + 4, pad = sizes.pp > 1 ? 8 : 0, beside = k === 1 && sizes.dp > 1;
-    const left = (beside ? name : 0) + (sizes.cp > 1 ? name : 0), names = { pp: sizes.pp > 1 ? 22 : 0, dp: sizes.dp > 1 && !beside ? 18 : 0, tp: sizes.tp > 1 ? 18 : 0 };
+    const left = (beside ? name : 0) + (sizes.cp > 1 ? name : 0), names = { pp: sizes.pp > 1 ? 22 : 0, dp: sizes.dp > 1 && !beside ? 18 : 0, tp: sizes.tp > 1 ? 20 : 0 };
     const gapX = sizes.tp > 1 ? 14 : 4, gapY = !beside || sizes.cp > 1 ? 12 : 4, block = { w: sizes.tp * step - 4, h: sizes.cp * step - 4 };
     // The names of tp stand above each line of blocks, or only above the first one.
     const line = block.h + names.dp + (beside ? 0 : names.tp) + gapY, above = pad + names.pp + (beside ? names.tp : 0);
@@ -154,7 +154,7 @@
         const { x: left, y: top } = at.corner(pp, dp), middle = top + at.block.h / 2, where = `${pp} ${dp}`;
         if (at.beside) words(`dp ${dp},${where}`, left - 6 - (sizes.cp > 1 ? at.name : 0), middle, { anchor: "end", fill: "ink" });
         else if (sizes.dp > 1) words(`dp ${dp},${where}`, left + at.block.w / 2, top - at.names.tp - 9, { fill: "ink" });
-        for (let tp = 0; tp < sizes.tp && sizes.tp > 1 && !(at.beside && dp); tp++) words(`tp ${tp},${where}`, left + tp * at.step + at.size / 2, top - 8);
+        for (let tp = 0; tp < sizes.tp && sizes.tp > 1 && !(at.beside && dp); tp++) words(`tp ${tp},${where}`, left + tp * at.step + at.size / 2, top - 10);
         for (let cp = 0; cp < sizes.cp && sizes.cp > 1 && dp % at.k === 0; cp++) words(`cp ${cp},${where}`, left - 6, top + cp * at.step + at.size / 2, { anchor: "end" });
       }
     }
@@ -165,8 +165,13 @@
   function looks(own, axes, sizes) {
     const all = Array.from({ length: product(sizes) }, (_, rank) => ({ fill: "quiet", text: rank }));
     if (axes.length) {
-      const every = groups(axes, sizes), few = every.length <= 8;
-      every.forEach((ranks, i) => { if (few || ranks.includes(own)) for (const rank of ranks) all[rank].fill = few ? `rank-${i}` : COLOURS[axes.at(-1)]; });
+      // The own group has the colour of its axis; the others, if they are few, have the rest.
+      const every = groups(axes, sizes), colour = COLOURS[axes.at(-1)];
+      const rest = Array.from({ length: 8 }, (_, i) => `rank-${i}`).filter((name) => name !== colour);
+      for (const ranks of every) {
+        const fill = ranks.includes(own) ? colour : every.length <= 8 ? rest.shift() : "quiet";
+        for (const rank of ranks) all[rank].fill = fill;
+      }
       Object.assign(all[own], { stroke: "ink", thick: 4 });
     } else {
       for (const axis of AXES) for (const rank of group(own, [axis], sizes)) all[rank] = { fill: COLOURS[axis], text: `${rank}\n${axis}` };
