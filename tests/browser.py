@@ -90,7 +90,7 @@ def number(widget, name):
 
 
 def shapes(widget):
-    """What a widget's picture shows: {id of a shape: {"text": its lines in one, "fill": colour}}."""
+    """What a widget's picture shows: {id of a shape: {"text": its lines in one, "fill": …}}."""
     read = """(root) => Object.fromEntries([...root.querySelectorAll("[data-id]")].map((node) => [
       node.dataset.id,
       {text: [...node.querySelectorAll("tspan")].map((line) => line.textContent).join(" "),
@@ -106,23 +106,34 @@ def ready(page, selector):
 
 
 MISPLACED = """([name, state, width]) => {
-  const picture = Book.picture(name, state, width), found = new Set(), least = width > 500 ? 12 : 11;
+  const picture = Book.picture(name, state, width), found = new Set();
   picture.node.style.cssText = `position: absolute; top: 0; left: 0; width: ${width}px`;
   document.body.append(picture.node);
+  const common = (a, b, side, length) =>
+    Math.min(a[side] + a[length], b[side] + b[length]) - Math.max(a[side], b[side]);
   for (let step = 0; step < picture.scene.steps; step++) {
     picture.seek(step);
+    const texts = [];
     for (const node of picture.node.querySelectorAll("[data-id]")) {
-      const box = node.getBBox(), text = node.querySelector("text"), rect = node.querySelector("rect");
-      const outside = box.x < -1 || box.y < -1 || box.x + box.width > width + 1;
-      const said = (what) => found.add(`${node.dataset.id}: ${what}, moment ${step}`);
-      if (outside || box.y + box.height > picture.scene.height + 1) said("beyond the picture");
-      if (text?.getAttribute("font-size") < least) said("small text");
-      if (text && rect && text.getBBox().width > rect.getBBox().width) said("wider than its box");
+      const box = node.getBBox(), text = node.querySelector("text"), { id } = node.dataset;
+      const rect = node.querySelector("rect"), said = (what) => found.add(`${id} ${what}`);
+      const right = box.x + box.width, bottom = box.y + box.height;
+      if (box.x < -1 || box.y < -1 || right > width + 1 || bottom > picture.scene.height + 1)
+        said("is beyond the picture");
+      if (!text) continue;
+      if (text.getAttribute("font-size") < (width > 500 ? 12 : 11)) said("is too small");
+      if (rect && text.getBBox().width > rect.getBBox().width) said("is wider than its box");
+      if (!rect) {
+        for (const [other, there] of texts)
+          if (common(box, there, "x", "width") > 1 && common(box, there, "y", "height") > 3)
+            said(`lies on ${other}`);
+        texts.push([id, box]);
+      }
     }
   }
   picture.node.remove();
   return [...found];
-}"""  # noqa: E501
+}"""
 
 
 def misplaced(page, widget, state, width):

@@ -57,7 +57,14 @@ def test_the_numbers_are_those_of_the_lesson_hop_by_hop(page):
 
 def test_nobody_sends_what_it_does_not_have(page):
     for kind, way, n in CASES:
-        moments = played(page, kind, way, n)
+        moments, given = played(page, kind, way, n), numbers.inputs(n)
+        if kind == "all-gather":  # at first each rank has only its own part
+            given = [
+                [x if p == r else None for p, x in enumerate(row)] for r, row in enumerate(given)
+            ]
+        if kind == "broadcast":  # and here only the first rank has any
+            given = [given[0]] + [[None] * n] * (n - 1)
+        assert moments[0] == given
         for ranks, hop in zip(moments, numbers.HOPS[kind][way](n), strict=False):
             senders = [sender for sender, *_ in hop]
             assert len(set(senders)) == len(hop) and len({to for _, to, *_ in hop}) == len(hop)

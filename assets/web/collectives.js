@@ -246,7 +246,7 @@
 
   function legend(g, y, link) {
     const below = { id: "link", kind: "text", size: g.small, fill: "dim", text: link };
-    const place = g.wide ? { x: g.end - 8, y: y + 1, anchor: "end" } : { x: g.left, y: y + 19, anchor: "start" };
+    const place = g.wide ? { x: g.left + g.span, y: y + 1, anchor: "end" } : { x: g.left, y: y + 19, anchor: "start" };
     return [...(link ? [{ ...below, ...place }] : []), ...[["line", "latency", 0], ["accent", "bytes / bandwidth", g.wide ? 88 : 76]].flatMap(([fill, text, x]) => [
       { id: `legend ${fill}`, kind: "rect", x: g.left + x, y: y - 5, w: 11, h: 11, round: 0, fill },
       { id: `legend ${text}`, kind: "text", x: g.left + x + 17, y: y + 1, anchor: "start", size: g.small, fill: "dim", text },
