@@ -4,4 +4,10 @@ Each widget has a file `numbers_….py` of its own. What a function returns is w
 page it is `Book.data[name]`.
 """
 
-DATA = {}
+import numbers_collectives
+import numbers_mesh
+
+DATA = {
+    "collectives": numbers_collectives.collectives,
+    "mesh": numbers_mesh.mesh,
+}

@@ -89,11 +89,56 @@ def number(widget, name):
     return widget.locator(f'[data-number="{name}"]').inner_text()
 
 
+def shapes(widget):
+    """What a widget's picture shows: {id of a shape: {"text": its lines in one, "fill": …}}."""
+    read = """(root) => Object.fromEntries([...root.querySelectorAll("[data-id]")].map((node) => [
+      node.dataset.id,
+      {text: [...node.querySelectorAll("tspan")].map((line) => line.textContent).join(" "),
+       fill: node.firstChild.getAttribute("fill")?.replace(/var\\(--(.*)\\)/, "$1")}]))"""
+    return widget.evaluate(read)
+
+
 def ready(page, selector):
     """Bring a widget into view and wait until it is there."""
     page.locator(selector).scroll_into_view_if_needed()
     page.wait_for_selector(f"{selector}[data-ready]", timeout=10_000)
     return page.locator(selector)
+
+
+MISPLACED = """([name, state, width]) => {
+  const picture = Book.picture(name, state, width), found = new Set();
+  picture.node.style.cssText = `position: absolute; top: 0; left: 0; width: ${width}px`;
+  document.body.append(picture.node);
+  const common = (a, b, side, length) =>
+    Math.min(a[side] + a[length], b[side] + b[length]) - Math.max(a[side], b[side]);
+  for (let step = 0; step < picture.scene.steps; step++) {
+    picture.seek(step);
+    const texts = [];
+    for (const node of picture.node.querySelectorAll("[data-id]")) {
+      const box = node.getBBox(), text = node.querySelector("text"), { id } = node.dataset;
+      const rect = node.querySelector("rect"), said = (what) => found.add(`${id} ${what}`);
+      const right = box.x + box.width, bottom = box.y + box.height;
+      if (box.x < -1 || box.y < -1 || right > width + 1 || bottom > picture.scene.height + 1)
+        said("is beyond the picture");
+      if (!text) continue;
+      if (text.getAttribute("font-size") < (width > 500 ? 12 : 11)) said("is too small");
+      if (rect && text.getBBox().width > rect.getBBox().width) said("is wider than its box");
+      if (!rect) {
+        for (const [other, there] of texts)
+          if (common(box, there, "x", "width") > 1 && common(box, there, "y", "height") > 3)
+            said(`lies on ${other}`);
+        texts.push([id, box]);
+      }
+    }
+  }
+  picture.node.remove();
+  return [...found];
+}"""
+
+
+def misplaced(page, widget, state, width):
+    """What is wrong with the place or size of a widget's shapes, at any moment, in words."""
+    return page.evaluate(MISPLACED, [widget, state, width])
 
 
 def main():

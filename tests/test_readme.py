@@ -119,7 +119,8 @@ def test_figures_are_drawn_by_code(tmp_path):
     assert drawn <= shown, "a figure that no page shows"
     # These show what was measured; convergence.py, ring_work.py and timeline.py draw them.
     measured = {"convergence.png", "tinyllama.png", "ring_work.png", "afab.png"}
-    assert shown - drawn <= measured
+    stills = {name for name in shown if name.endswith("_widget.png")}  # of the book, by browser.py
+    assert shown - drawn <= measured | stills
 
 
 @pytest.mark.parametrize("command, code", [("true", 0), ("false", 1), ("false | true", 1)])

@@ -1,6 +1,6 @@
-/* What all widgets of the book share: controls, play and pause, the state in the address, and
-   pictures that move. A widget says what it shows at each moment; this file does the rest.
-   Plain scripts, because browsers load no modules from disk. */
+/* What all widgets of the book share: controls, play and pause, the state in the address. A widget
+   says what it shows at each moment; this file and pictures.js do the rest. Plain scripts, because
+   browsers load no modules from disk. */
 "use strict";
 
 window.Book = (() => {
@@ -67,6 +67,20 @@ window.Book = (() => {
   }
 
   // --- options ------------------------------------------------------------------------------------
+  // {label, choices, names?}: one of several; {label, values, show?}: a slider over given numbers;
+  // {label, min, max, step?, show?}: a slider. max may be a function of the state. when(state): whether
+  // the control means anything.
+
+  /** What an option makes of a value that somebody wrote: the choice or number nearest to it. */
+  function allowed(option, value, state) {
+    if (option.choices) return option.choices.find((choice) => String(choice) === String(value));
+    const number = String(value).trim() === "" ? NaN : Number(value);
+    if (!Number.isFinite(number)) return undefined;
+    if (option.values) return option.values.reduce((best, v) => (Math.abs(v - number) < Math.abs(best - number) ? v : best));
+    const { min, step = 1 } = option, steps = Math.round((number - min) / step);
+    return Number(Math.min(most(option, state), Math.max(min, min + steps * step)).toFixed(10));
+  }
+  const most = ({ max }, state) => (typeof max === "function" ? max(state) : max);
 
   /** The values that a widget begins with: its own, then those of the page, then the address. */
   function begin(options, ...given) {
@@ -75,50 +89,57 @@ window.Book = (() => {
       state[name] = option.value;
       for (const values of given) {
         const value = values?.[name];
-        if (value === undefined || value === null) continue;
-        const chosen = option.choices ? String(value) : Number(value);
-        if (option.choices ? option.choices.map(String).includes(chosen) : Number.isFinite(chosen))
-          state[name] = option.choices ? chosen : Math.min(option.max, Math.max(option.min, chosen));
+        if (value !== undefined && value !== null) state[name] = allowed(option, value, state) ?? state[name];
       }
     }
     return state;
   }
 
-  /** A labelled control for each option; `changed(name, value)` is called when it is used. */
+  /** A labelled control for each option; `changed(name, value, last)` is called when it is used; last
+      is false while a slider is still being dragged. */
   function controls(id, options, state, changed) {
     const inputs = {};
     const nodes = Object.entries(options).map(([name, option]) => {
       const key = `${id}-${name}`;
       const show = option.show ?? String;
       if (option.choices) {
-        const input = el("select", { id: key, onchange: () => changed(name, input.value) },
+        const input = el("select", { id: key, onchange: () => changed(name, allowed(option, input.value, state), true) },
           ...option.choices.map((c) => el("option", { value: c }, option.names?.[c] ?? String(c))));
         inputs[name] = (value) => { input.value = value; };
         return el("label", { class: "control", for: key }, el("span", {}, option.label), input);
       }
       const output = el("output", { for: key });
-      const { min, max, step = 1 } = option;
-      const input = el("input", { id: key, type: "range", min, max, step,
-        oninput: () => { output.value = show(input.valueAsNumber); changed(name, input.valueAsNumber); } });
-      inputs[name] = (value) => { input.value = value; output.value = show(value); };
+      const { values, min = 0, step = 1 } = option, value = () => (values ? values[input.valueAsNumber] : input.valueAsNumber);
+      const say = (now) => { output.value = show(now); input.setAttribute("aria-valuetext", show(now)); };
+      const use = (last) => () => { say(value()); changed(name, value(), last); };
+      const input = el("input", { id: key, type: "range", min, step, oninput: use(false), onchange: use(true) });
+      inputs[name] = (now) => {
+        input.max = values ? values.length - 1 : most(option, state);
+        input.value = values ? values.indexOf(now) : now;
+        say(now);
+      };
       return el("label", { class: "control", for: key }, el("span", {}, option.label), input, output);
     });
-    const renew = () => Object.entries(inputs).forEach(([name, set]) => set(state[name]));
+    const renew = () => Object.entries(inputs).forEach(([name, set], i) => {
+      set(state[name]);
+      nodes[i].hidden = !(options[name].when?.(state) ?? true);
+    });
     renew();
     return { nodes, renew };
   }
 
   // --- play, pause, step, speed -------------------------------------------------------------------
 
-  /** Buttons and a clock for moments 0 to steps - 1. `moved(time)` is called with each new time.
-      With `seconds(step)` the pause at a moment has its own length. */
+  /** Buttons and a clock for moments 0 to steps - 1. `moved(time, runs, last)` is called with each new
+      time; last is false while the slider is being dragged. With `seconds(step)` the pause at a moment
+      has its own length. */
   function transport(id, moved, seconds = () => 1.4) {
     let steps = 1, time = 0, speed = 1, running = 0, before = 0;
     const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
     const button = (name, label, onclick, ...icons) => el("button", { type: "button", class: `do ${name}`, "aria-label": label, title: label, onclick }, ...icons);
     const play = button("play", "play", () => (running ? pause() : start()), icon("play", "go"), icon("pause", "pause"));
     const slider = el("input", { type: "range", min: 0, step: 1, value: 0, class: "time", "aria-label": "moment",
-      oninput: () => go(slider.valueAsNumber) });
+      oninput: () => go(slider.valueAsNumber, false), onchange: () => go(slider.valueAsNumber) });
     const place = el("output", { class: "place" });
     const faster = el("select", { "aria-label": "speed", class: "speed", onchange: () => { speed = Number(faster.value); } },
       ...[0.5, 1, 1.5, 2, 4].map((v) => el("option", { value: v, ...(v === 1 ? { selected: "" } : {}) }, `${v} ×`)));
@@ -126,23 +147,28 @@ window.Book = (() => {
       button("back", "one moment back", () => go(Math.ceil(time) - 1), icon("back")), play,
       button("on", "one moment on", () => go(Math.floor(time) + 1), icon("on")), slider, place, faster);
 
-    function show() {
-      slider.value = Math.round(time);
-      place.value = `${Math.floor(time + 1e-6) + 1} / ${steps}`;
+    function show(last = true) {
+      const moment = Math.floor(time + 1e-6), verb = running ? "pause" : "play";
+      slider.value = moment;
+      place.value = `${moment + 1} / ${steps}`;
       slider.setAttribute("aria-valuetext", `moment ${place.value}`);
       play.classList.toggle("runs", Boolean(running));
-      play.setAttribute("aria-label", running ? "pause" : "play");
-      moved(time, Boolean(running));
+      play.setAttribute("aria-label", verb);
+      play.title = verb;
+      moved(time, Boolean(running), last);
     }
-    function go(to) { pause(); time = Math.min(steps - 1, Math.max(0, to)); show(); }
-    function pause() {
-      if (!running) return;
+    function go(to, last = true) {
+      stop();
+      time = Math.min(steps - 1, Math.max(0, Number.isFinite(to) ? to : 0));
+      show(last);
+    }
+    function pause() { if (running) go(Math.round(time)); }
+    function stop() {
       cancelAnimationFrame(running);
       running = 0;
-      time = Math.round(time);
-      show();
     }
     function start() {
+      stop();
       if (time >= steps - 1) time = 0;
       before = performance.now();
       running = requestAnimationFrame(tick);
@@ -151,7 +177,7 @@ window.Book = (() => {
     function tick(now) {
       time += ((now - before) / 1000) * (speed / seconds(Math.floor(time)));
       before = now;
-      if (time >= steps - 1) { time = steps - 1; pause(); return; }
+      if (time >= steps - 1) { go(steps - 1); return; }
       running = requestAnimationFrame(tick);
       if (calm) { const at = time; time = Math.floor(time); show(); time = at; } else show();
     }
@@ -167,97 +193,14 @@ window.Book = (() => {
   /** Space plays, arrows step, wherever the focus in the widget is and has no use for the key. */
   function keys(root, clock) {
     root.addEventListener("keydown", (event) => {
-      if (event.target.closest("input, select, textarea") || event.ctrlKey || event.metaKey || event.altKey) return;
-      const action = { ArrowLeft: () => clock.go(Math.ceil(clock.time) - 1), ArrowRight: () => clock.go(Math.floor(clock.time) + 1) }[event.key]
-        ?? (event.key === " " && !event.target.closest("button, summary, a, [role=button]") ? clock.toggle : null);
+      const uses = (what) => event.target.closest(`select, textarea, .scroll, ${what}`);
+      if (uses(event.key === " " ? "input:not([type=range]), button, summary, a, [role=button]" : "input") || event.ctrlKey || event.metaKey || event.altKey) return;
+      const action = { " ": clock.toggle, ArrowLeft: () => clock.go(Math.ceil(clock.time) - 1), ArrowRight: () => clock.go(Math.floor(clock.time) + 1) }[event.key];
       if (!action) return;
       event.preventDefault();
       event.stopPropagation();
       action();
     });
-  }
-
-  // --- pictures -----------------------------------------------------------------------------------
-
-  const MOVING = ["x", "y", "w", "h", "x2", "y2", "r", "opacity", "size"];
-
-  /** The shapes between two moments: what has the same id moves, what is new or gone fades. */
-  function between(from, to, share) {
-    if (share <= 0) return from;
-    if (share >= 1) return to;
-    const old = new Map(from.map((shape) => [shape.id, shape]));
-    const fresh = new Map(to.map((shape) => [shape.id, shape]));
-    const ease = share < 0.5 ? 2 * share * share : 1 - 2 * (1 - share) ** 2;
-    const shapes = to.map((shape) => {
-      const was = old.get(shape.id);
-      if (!was) return { ...shape, opacity: (shape.opacity ?? 1) * ease };
-      const now = { ...(ease < 0.5 ? was : shape) };
-      for (const key of MOVING)
-        if (typeof was[key] === "number" && typeof shape[key] === "number") now[key] = was[key] + (shape[key] - was[key]) * ease;
-      return now;
-    });
-    const gone = from.filter((shape) => !fresh.has(shape.id));
-    return [...shapes, ...gone.map((shape) => ({ ...shape, opacity: (shape.opacity ?? 1) * (1 - ease) }))];
-  }
-
-  /** Draw a shape. Kinds: rect, text, line, arrow, circle, path. `fill` and `stroke` name colours of
-      book.css: rank-0 to rank-7, quiet, paper, ink, good, bad, accent. */
-  function draw(shape, chosen) {
-    const colour = (name) => (name ? `var(--${name})` : "none");
-    const look = { opacity: shape.opacity ?? 1, "data-id": shape.id };
-    const parts = [];
-    if (shape.kind === "text") parts.push(words(shape, shape.x, shape.y, shape.anchor ?? "middle", colour(shape.fill ?? "ink")));
-    if (shape.kind === "rect") {
-      parts.push(svg("rect", { x: shape.x, y: shape.y, width: Math.max(0, shape.w), height: Math.max(0, shape.h), rx: shape.round ?? 3,
-        fill: colour(shape.fill), stroke: colour(shape.stroke), "stroke-dasharray": shape.dashed ? "4 3" : null }));
-      if (shape.text !== undefined) parts.push(words(shape, shape.x + shape.w / 2, shape.y + shape.h / 2, "middle", colour(shape.ink ?? (shape.fill ? `on-${shape.fill}` : "ink"))));
-    }
-    if (shape.kind === "circle") {
-      parts.push(svg("circle", { cx: shape.x, cy: shape.y, r: shape.r, fill: colour(shape.fill), stroke: colour(shape.stroke) }));
-      if (shape.text !== undefined) parts.push(words(shape, shape.x, shape.y, "middle", colour(shape.ink ?? `on-${shape.fill}`)));
-    }
-    if (shape.kind === "line" || shape.kind === "arrow")
-      parts.push(svg("line", { x1: shape.x, y1: shape.y, x2: shape.x2, y2: shape.y2, stroke: colour(shape.stroke ?? "ink"), "stroke-width": shape.thick ?? 1.5,
-        "stroke-dasharray": shape.dashed ? "4 3" : null, "marker-end": shape.kind === "arrow" ? "url(#book-arrow)" : null }));
-    if (shape.kind === "path") parts.push(svg("path", { d: shape.d, fill: colour(shape.fill), stroke: colour(shape.stroke), "stroke-width": shape.thick ?? 1.5, "stroke-dasharray": shape.dashed ? "4 3" : null }));
-    if (!shape.choose) return svg("g", look, ...parts);
-    const choose = () => chosen(shape.choose);
-    const press = (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); event.stopPropagation(); choose(); } };
-    return svg("g", { ...look, role: "button", tabindex: 0, class: "choice", "aria-label": shape.label, "aria-pressed": shape.pressed === undefined ? null : String(shape.pressed), onclick: choose, onkeydown: press }, ...parts);
-  }
-
-  function words(shape, x, y, anchor, fill) {
-    const lines = String(shape.text).split("\n"), size = shape.size ?? 13;
-    const spans = lines.map((line, i) => svg("tspan", { x, y: y + (i - (lines.length - 1) / 2) * size * 1.2 }, line));
-    return svg("text", { "font-size": size, "text-anchor": anchor, "dominant-baseline": "central", fill,
-      "font-weight": shape.bold ? 700 : null, class: shape.mono ? "mono" : null }, ...spans);
-  }
-
-  function arrowHead() {
-    return svg("defs", {}, svg("marker", { id: "book-arrow", viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 6, markerHeight: 6, orient: "auto" },
-      svg("path", { d: "M0 0 L8 4 L0 8 z", fill: "context-stroke" })));
-  }
-
-  /** A picture of a widget in `width` units: {node, scene, seek(time)}. A film uses it alone. */
-  function picture(name, state, width, chosen = () => {}) {
-    const scene = widgets[name].scene(state, width);
-    const content = svg("g"), root = svg("svg", { viewBox: `0 0 ${width} ${scene.height}`, class: "picture" }, arrowHead(), content);
-    const clickable = () => content.querySelector("[role=button]") !== null;
-    return {
-      node: root, scene,
-      seek(time) {
-        const first = Math.min(scene.steps - 1, Math.floor(time + 1e-6)), share = time - first;
-        const from = scene.at(first), to = share > 1e-6 ? scene.at(first + 1) : from;
-        // A moment is looked at before it moves on: the last third of its time is the movement.
-        const shapes = between(from.shapes, to.shapes, Math.max(0, 3 * share - 2));
-        const focus = content.contains(document.activeElement) ? document.activeElement.getAttribute("data-id") : null;
-        content.replaceChildren(...shapes.map((shape) => draw(shape, chosen)));
-        if (focus) content.querySelector(`[data-id="${CSS.escape(focus)}"]`)?.focus();
-        root.setAttribute("role", clickable() ? "group" : "img");
-        root.setAttribute("aria-label", from.caption);
-        return from;
-      },
-    };
   }
 
   // --- a widget on a page -------------------------------------------------------------------------
@@ -278,53 +221,70 @@ window.Book = (() => {
     const address = readAddress(id), state = begin(widget.options, given, address);
     const stage = el("div", { class: "stage" }), caption = el("p", { class: "caption", "aria-live": "polite" });
     const numbers = el("dl", { class: "numbers" }), more = el("div", { class: "more" });
-    let shown = null, used = false;
+    let shown = null, moment = null, used = false, later = 0;
 
-    const clock = transport(id, (time, runs) => {
+    const clock = transport(id, (time, runs, last) => {
       if (!shown) return;
-      const moment = shown.seek(time);
-      if (!runs || caption.textContent !== moment.caption) caption.textContent = moment.caption;
-      numbers.replaceChildren(...figures(moment.numbers ?? shown.scene.numbers ?? []));
-      if (used && !runs) remember();
+      const before = moment;
+      moment = shown.seek(time);
+      if (moment !== before) {
+        if (caption.textContent !== moment.caption) caption.textContent = moment.caption;
+        numbers.replaceChildren(...figures(moment.numbers ?? shown.scene.numbers ?? []));
+      }
+      if (used && !runs) remember(last);
     }, widget.seconds);
-    const remember = () => writeAddress(id, { ...state, step: Math.round(clock.time) });
-    const change = (changes) => {
-      Object.assign(state, changes);
-      used = true;
-      renew();
-      remember();
+    /** Put the state into the address: later, while a slider moves, or browsers refuse. */
+    const remember = (last = true) => {
+      clearTimeout(later);
+      if (last) writeAddress(id, { ...state, step: Math.round(clock.time) });
+      else later = setTimeout(remember, 300);
     };
-    const inputs = controls(id, widget.options, state, (option, value) => change({ [option]: value }));
+    const change = (changes, last = true) => {
+      Object.assign(state, changes);
+      used = false; // until it is drawn anew
+      Book.keepingFocus(stage, () => renew(Object.keys(changes)[0]));
+      used = true;
+      remember(last);
+    };
+    const inputs = controls(id, widget.options, state, (option, value, last) => change({ [option]: value }, last));
 
-    function renew() {
-      widget.settle?.(state); // options that depend on each other
+    function renew(changed) {
+      widget.settle?.(state, changed); // options that depend on each other
       const width = root.clientWidth < NARROW ? 360 : 760;
-      shown = picture(name, state, width, change);
+      shown = Book.picture(name, state, width, change);
       stage.replaceChildren(shown.node);
       more.replaceChildren(...(shown.scene.tables ?? []).map(table));
       inputs.renew();
       clock.steps = shown.scene.steps;
     }
     root.replaceChildren(el("div", { class: "controls" }, ...inputs.nodes), stage, clock.node, caption, numbers, more);
-    root.addEventListener("input", () => { used = true; });
-    root.addEventListener("click", () => { used = true; });
+    for (const act of ["input", "click", "keydown"]) root.addEventListener(act, () => { used = true; }, true);
     keys(root, clock);
     renew();
     let wide = root.clientWidth < NARROW;
-    new ResizeObserver(() => { if (wide !== root.clientWidth < NARROW) { wide = !wide; renew(); } }).observe(root);
+    new ResizeObserver(() => { if (wide !== root.clientWidth < NARROW) { wide = !wide; Book.keepingFocus(stage, () => renew()); } }).observe(root);
     clock.go(Number(address?.step ?? given.step ?? 0));
     if (address) root.scrollIntoView();
+    return (said) => { // a link in the page leads here
+      Object.assign(state, begin(widget.options, given, said));
+      renew();
+      clock.go(Number(said.step ?? 0));
+      root.scrollIntoView();
+    };
   }
 
   /** Make the widgets of this page: <div data-widget="ring" data-options='{"cp": 4}'>. */
   function start() {
     for (const [i, root] of [...document.querySelectorAll("[data-widget]")].entries()) {
       const name = root.dataset.widget, id = root.id || `${name}${i || ""}`;
+      let take = null;
       const make = async () => {
+        if (take) return take(readAddress(id));
+        take = () => {}; // it is being made
         try {
           await load(`${name}.js`);
           await Promise.all((widgets[name].data ?? []).map((file) => load(`data/${file}.js`)));
-          mount(root, name, JSON.parse(root.dataset.options ?? "{}"), id);
+          take = (await mount(root, name, JSON.parse(root.dataset.options ?? "{}"), id)) ?? take;
           root.dataset.ready = "yes";
         } catch (error) {
           root.append(el("p", { class: "failed" }, `This could not be shown: ${error.message}`));
@@ -332,6 +292,7 @@ window.Book = (() => {
         }
       };
       root.classList.add("widget");
+      addEventListener("hashchange", () => { if (readAddress(id)) make(); });
       if (readAddress(id)) make();
       else new IntersectionObserver((seen, watch) => { if (seen.some((s) => s.isIntersecting)) { watch.disconnect(); make(); } }, { rootMargin: "400px" }).observe(root);
     }
@@ -339,5 +300,5 @@ window.Book = (() => {
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start);
   else start();
 
-  return { base, data, formulas, widgets, define: (name, widget) => { widgets[name] = widget; }, el, svg, icon, load, begin, controls, transport, keys, picture, between, figures, table, readAddress, writeAddress, mount };
+  return { base, data, formulas, widgets, define: (name, widget) => { widgets[name] = widget; }, el, svg, icon, load, begin, controls, transport, keys, figures, table, readAddress, writeAddress, mount };
 })();
