@@ -191,12 +191,12 @@ window.Book = (() => {
       book.css: rank-0 to rank-7, quiet, paper, ink, good, bad, accent. */
   function draw(shape, chosen) {
     const colour = (name) => (name ? `var(--${name})` : "none");
-    const look = { opacity: shape.opacity ?? 1, "data-id": shape.id };
+    const look = { opacity: shape.opacity ?? 1, "data-id": shape.id, "pointer-events": shape.choose ? null : "none" };
     const parts = [];
     if (shape.kind === "text") parts.push(words(shape, shape.x, shape.y, shape.anchor ?? "middle", colour(shape.fill ?? "ink")));
     if (shape.kind === "rect") {
       parts.push(svg("rect", { x: shape.x, y: shape.y, width: Math.max(0, shape.w), height: Math.max(0, shape.h), rx: shape.round ?? 3,
-        fill: colour(shape.fill), stroke: colour(shape.stroke), "stroke-dasharray": shape.dashed ? "4 3" : null }));
+        fill: colour(shape.fill), stroke: colour(shape.stroke), "stroke-width": shape.thick, "stroke-dasharray": shape.dashed ? "4 3" : null }));
       if (shape.text !== undefined) parts.push(words(shape, shape.x + shape.w / 2, shape.y + shape.h / 2, "middle", colour(shape.ink ?? (shape.fill ? `on-${shape.fill}` : "ink"))));
     }
     if (shape.kind === "circle") {
