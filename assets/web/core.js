@@ -286,11 +286,13 @@ window.Book = (() => {
     function renew() {
       widget.settle?.(state); // options that depend on each other
       const width = root.clientWidth < NARROW ? 360 : 760;
+      const focus = stage.contains(document.activeElement) ? document.activeElement.dataset.id : null;
       shown = picture(name, state, width, change);
       stage.replaceChildren(shown.node);
       more.replaceChildren(...(shown.scene.tables ?? []).map(table));
       inputs.renew();
       clock.steps = shown.scene.steps;
+      if (focus) stage.querySelector(`[data-id="${CSS.escape(focus)}"]`)?.focus(); // it is a new picture
     }
     root.replaceChildren(el("div", { class: "controls" }, ...inputs.nodes), stage, clock.node, caption, numbers, more);
     root.addEventListener("input", () => { used = true; });

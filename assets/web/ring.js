@@ -149,7 +149,7 @@
       const look = { id: `cell-${query}-${key}`, fill: found ? `rank-${found.rank}` : "quiet", opacity: found && !found.now ? 0.4 : 1, stroke: looked ? "ink" : null, thick: looked ? 2 : null };
       if (query === key) shapes.push({ ...look, kind: "path", d: `M${x + 0.5} ${y + 1} V${y + cell - 0.5} H${x + cell - 1} z` });
       else shapes.push({ ...look, kind: "rect", x: x + 0.5, y: y + 0.5, w: cell - 1, h: cell - 1, round: 1 });
-      if (found?.now) shapes.push({ id: `digit-${query}-${key}`, kind: "text", x: x + cell * (query === key ? 0.32 : 0.5), y: y + cell * (query === key ? 0.68 : 0.5), text: found.rank, size: query === key && count > 5 ? 11 : 12, fill: `on-rank-${found.rank}`, bold: found.rank === chosen });
+      if (found?.now) shapes.push({ id: `digit-${query}-${key}`, kind: "text", x: x + cell * (query === key ? 0.32 : 0.5), y: y + cell * (query === key ? 0.68 : 0.5), text: found.rank, size: 12, fill: `on-rank-${found.rank}`, bold: found.rank === chosen });
     }
     return shapes;
   }
