@@ -4,10 +4,18 @@ Each widget has a file `numbers_….py` of its own. What a function returns is w
 page it is `Book.data[name]`.
 """
 
-import numbers_collectives
-import numbers_mesh
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))
+import numbers_collectives  # noqa: E402
+import numbers_mesh  # noqa: E402
+import numbers_ring  # noqa: E402
+import numbers_tensor_parallel  # noqa: E402
 
 DATA = {
     "collectives": numbers_collectives.collectives,
     "mesh": numbers_mesh.mesh,
+    "ring": numbers_ring.rings,
+    "tensor_parallel": numbers_tensor_parallel.blocks,
 }

@@ -20,16 +20,12 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "step5_context_parallel"), str(ROOT / "tests")]
 from launch import machine, table  # noqa: E402
+from numbers_ring import contiguous  # noqa: E402
 
 from attention_blocks import backward_block, forward_block  # noqa: E402
 from context_parallel import attending  # noqa: E402
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 4, 16
-
-
-def contiguous(rank, source):
-    """`attending` for ranks that hold one chunk of neighbouring tokens; None: nothing to do."""
-    return (slice(None), slice(None), source == rank) if source <= rank else None
 
 
 def blocks_of(rank, ranks, length, zigzag):

@@ -98,6 +98,31 @@ def shapes(widget):
     return widget.evaluate(read)
 
 
+def faults(page, name, states):
+    """What is wrong in the pictures of a widget: ids twice, small text, shapes outside."""
+    return page.evaluate(FAULTS, [name, states])
+
+
+FAULTS = """([name, states]) => {
+  const found = [];
+  for (const state of states) for (const width of [760, 360]) {
+    const scene = Book.widgets[name].scene(state, width), least = width === 760 ? 12 : 11;
+    for (let step = 0; step < scene.steps; step++) {
+      const ids = new Set();
+      for (const { id, text, size = 13, x = 0, y = 0, w = 0, h = 0 } of scene.at(step).shapes) {
+        const where = JSON.stringify({ state, width, step, id });
+        if (ids.has(id)) found.push(`twice: ${where}`);
+        ids.add(id);
+        if (text !== undefined && size < least) found.push(`text of ${size}: ${where}`);
+        const outside = x < 0 || y < 0 || x + w > width || y + h > scene.height;
+        if (outside) found.push(`outside: ${where}`);
+      }
+    }
+  }
+  return found;
+}"""
+
+
 def ready(page, selector):
     """Bring a widget into view and wait until it is there."""
     page.locator(selector).scroll_into_view_if_needed()

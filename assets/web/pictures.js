@@ -32,7 +32,7 @@ Object.assign(Book, (() => {
       it is true are in the way of the tab key; the arrow keys lead to the others. */
   function draw(shape, chosen) {
     const colour = (name) => (name ? `var(--${name})` : "none");
-    const look = { opacity: shape.opacity ?? 1, "data-id": shape.id };
+    const look = { opacity: shape.opacity ?? 1, "data-id": shape.id, "pointer-events": shape.choose ? null : "none" };
     const parts = [];
     if (shape.kind === "text") parts.push(words(shape, shape.x, shape.y, shape.anchor ?? "middle", colour(shape.fill ?? "ink")));
     if (shape.kind === "rect") {
