@@ -1,31 +1,259 @@
 /* The walk player: a step's code, written item by item as its lesson explains it.
 
-   What a film may rely on. Load core.js, this file and data/walk_N.js (N: the number of the step).
+   What a film may rely on. Load core.js, this file, and the data of a page: data/walk_5_README.js.
 
-     const view = Book.walk.view(Book.data.walk_5, "README.md", { width: 1920, height: 1000, font: 20 });
+     const view = Book.walk.view(Book.data.walk_5_README, { width: 1920, height: 1000, font: 20 });
 
-   view.node         an element of that size: tabs and code, and beside it (under it where `width` is
-                     less than 960) the caption. Pixels; `font` is the size of the code's letters.
-                     With `caption: "none"` there is no caption, and the code has the whole width.
-                     It needs web/book.css, and stands in an element of the class `widget`.
+   view.node         tabs and code, `height` pixels high, and beside it the caption (under it, as high
+                     as it needs, where `width` is less than 960; nowhere with `caption: "none"`).
+                     `font` is the size of the code's letters in pixels. It needs the style sheets
+                     book.css and walk.css, and stands in an element of the class `widget`.
    view.steps        how many items the page has
-   view.item(step)   item `step`, counted from 0: {number, title, milestone, milestone_title, page,
-                     explanation (HTML), pieces: [{file, name, …}], …}
+   view.item(step)   item `step`, counted from 0: {number, title, milestone, milestone_title (HTML all
+                     three texts), explanation (HTML), shots: [{file, names, lit}], edits}. A shot is
+                     what one looks at together: neighbouring pieces of one file.
    view.seconds(step)  how long this item should take where nobody speaks
-   view.seek(time)   show a moment; time goes from 0 to `steps`. Between step and step + 1, item `step`
-                     is written: at step + share its lines stand there as far as `share` (0 to 1) of
-                     its time has gone, in shots: each piece of the item is scrolled to, lit, and typed
-                     in the first two thirds of its part of the time. At step + 1 the item is whole.
-                     At 0 the code is that of the step before (on later pages: of the pages before).
-   view.changes(step)  the shares (0 to 1, ascending, with 0 and 1) at which the picture changes while
-                     item `step` is written: between two of them it stays the same. The caption is the
-                     same all along, unless it is longer than its box: then it scrolls at these shares.
+   view.changes(step)  the shares of an item's time, ascending from 0 on and below 1, at which the
+                     picture changes: from one to the next it stays as it is
+   view.seek(time)   show a moment; time goes from 0 to `steps`. At step + share, item `step` is being
+                     written: shot by shot, its lines lit, and typed in the first two thirds of the
+                     shot's time. At step + 1 sharp it is written, all its lines are lit, and one
+                     looks at its first shot, as a reader does who steps. At 0 the code is that of the
+                     step before; on a later page, that of the milestones before.
 
-   The picture depends on `data`, `page`, `size` and `time` alone. */
+   The picture depends on data, size and time alone. */
 "use strict";
 
-Book.walk = {
-  view() {
-    throw new Error("not there yet");
-  },
-};
+Book.walk = (() => {
+  const { el } = Book;
+  const COLOURS = ["", "k", "c", "s", "m", "nb", "nf"]; // Pygments' classes for the marks in the data
+  const END = 0xe000;
+  const FEW = 8; // so many lines of a shot are typed word by word, more of them line by line
+  const TYPED = 2 / 3; // the share of a shot's time in which it is typed
+  const WIDE = 960;
+
+  // --- the code at a moment -----------------------------------------------------------------------
+
+  /** The files after some items: {name: lines}, each line with its marks. */
+  function filesAfter(data, count) {
+    const files = Object.fromEntries(Object.entries(data.files).map(([name, file]) => [name, [...file.lines]]));
+    for (const item of data.items.slice(0, count))
+      for (const edit of [...item.edits].reverse()) files[edit.file].splice(edit.at, edit.remove, ...edit.add);
+    return files;
+  }
+
+  /** Without the marks of colours. */
+  const plain = (line) => line.replace(/[\ue000-\ue00f]/g, "");
+
+  /** Where words of a line end, counted in letters. */
+  function wordEnds(line) {
+    const text = plain(line), ends = [...text.matchAll(/\S+\s*/g)].map((word) => word.index + word[0].length);
+    return ends.length ? ends : [text.length];
+  }
+
+  /** An item with all its lines: for each file those that are there before, during or after it, and
+      for each shot how many times something is typed. A line that changes has the number of its shot
+      (-1: at once), and the turn of that shot at which it appears or goes. */
+  function score(data, step) {
+    const item = data.items[step], before = filesAfter(data, step), files = {};
+    const turns = item.shots.map((_, shot) => (item.edits.some((edit) => edit.shot === shot) ? 1 : 0));
+    const few = item.shots.map((_, shot) => item.edits.filter((e) => e.shot === shot).flatMap((e) => e.add).length <= FEW);
+    for (const [name, old] of Object.entries(before)) {
+      const lines = [];
+      let at = 0, number = 0;
+      const keep = (end) => { while (at < end) lines.push({ text: old[at++], number: ++number }); };
+      for (const { at: place, remove, add, shot = -1 } of item.edits.filter((edit) => edit.file === name)) {
+        keep(place);
+        for (const text of old.slice(at, at + remove)) lines.push({ text, goes: true, shot, turn: turns[shot] });
+        at += remove;
+        for (const text of add) {
+          const ends = few[shot] ? wordEnds(text) : [Infinity];
+          lines.push({ text, comes: true, shot, turn: turns[shot], ends, number: ++number });
+          if (shot >= 0 && plain(text).trim()) turns[shot] += ends.length;
+        }
+        if (shot >= 0 && !add.length) turns[shot] += 1;
+      }
+      keep(old.length);
+      files[name] = lines;
+    }
+    return { item, files, turns, few, times: times(item, turns, few) };
+  }
+
+  /** When each shot of an item begins, as shares of its time, and how many seconds it all takes. */
+  function times(item, turns, few) {
+    const lit = (shot) => shot.lit.reduce((sum, [first, last]) => sum + last - first + 1, 0);
+    const parts = item.shots.map((shot, i) => 1.5 + 0.05 * lit(shot) + (turns[i] * (few[i] ? 0.1 : 0.2)) / TYPED);
+    const all = parts.reduce((sum, part) => sum + part, 0);
+    const words = item.explanation.replace(/<[^>]*>/g, " ").split(/\s+/).length;
+    let begun = 0;
+    return { seconds: Math.max(all, 2 + words / 2.8), begins: parts.map((part) => (begun += part) - part).map((start) => start / all) };
+  }
+
+  /** The state of an item at a share of its time: {shot, turn}; shot is -1 when all of it is done. */
+  function placeAt({ turns, times: { begins } }, share) {
+    if (share >= 1) return { shot: -1, turn: 0 };
+    const shot = begins.findLastIndex((start) => start <= share + 1e-9);
+    const length = (begins[shot + 1] ?? 1) - begins[shot];
+    const part = (share + 1e-9 - begins[shot]) / length / TYPED;
+    return { shot, turn: Math.min(turns[shot], Math.floor(part * (turns[shot] + 1))) };
+  }
+
+  /** How much of a line there is: letters, or 0 for a line that is not there. */
+  function shown(line, { shot, turn }) {
+    if (!line.goes && !line.comes) return Infinity;
+    const past = line.shot < 0 || shot < 0 || line.shot < shot;
+    const now = line.shot === shot ? turn - line.turn : -1; // turns since this line's
+    if (line.goes) return past || now >= 0 ? 0 : Infinity;
+    if (past) return Infinity;
+    return now < 0 ? 0 : line.ends[Math.min(now, line.ends.length - 1)] || Infinity;
+  }
+
+  // --- the picture --------------------------------------------------------------------------------
+
+  /** The first `count` letters of a line, coloured. */
+  function coloured(line, count) {
+    const nodes = [];
+    let colour = "", text = "", left = count;
+    const put = () => { if (text) nodes.push(colour ? el("span", { class: colour }, text) : text); text = ""; };
+    for (const letter of line) {
+      const mark = letter.codePointAt(0) - END;
+      if (mark >= 0 && mark < COLOURS.length) { put(); colour = COLOURS[mark]; }
+      else if (left-- > 0) text += letter;
+      else break;
+    }
+    put();
+    return nodes;
+  }
+
+  const isIn = (ranges, number) => ranges.some(([first, last]) => first <= number && number <= last);
+
+  function view(data, { width, height, font, caption = width < WIDE ? "under" : "beside" }) {
+    const steps = data.items.length, scores = [];
+    const scoreOf = (step) => (scores[step] ??= score(data, step));
+    const row = Math.round(font * 1.55), bar = Math.round(font * 2.8), rows = Math.floor((height - bar) / row);
+    const tabs = el("div", { class: "walk-tabs", role: "group", "aria-label": "files" });
+    const code = el("code", { class: "highlight" }), pane = el("div", { class: "walk-pane", role: "region", tabindex: 0 }, code);
+    const words = el("div", { class: "walk-words" });
+    const node = el("div", { class: `walk-view ${caption}`, style: `--walk-font: ${font}px; --walk-row: ${row}px; --walk-bar: ${bar}px; --walk-height: ${height}px` },
+      el("div", { class: "walk-code" }, tabs, pane), caption === "none" ? null : words);
+    let drawn = "", told = null, now = null;
+
+    /** Where the code stands at a time: the item, and the place in it. Before the first: its files. */
+    function momentOf(time) {
+      const step = Math.min(steps - 1, Math.max(0, Math.ceil(time - 1e-9) - 1)), begun = time > 1e-9;
+      const place = begun ? placeAt(scoreOf(step), time - step > 1 - 1e-9 ? 1 : time - step) : { shot: -2, turn: 0 };
+      const shots = scoreOf(step).item.shots;
+      return { step, begun, place, shot: shots[Math.max(0, place.shot)] };
+    }
+
+    /** The lines of a file at a moment: [{line, count, lit}]. */
+    function linesOf(name, { step, begun, place }) {
+      const { item, files } = scoreOf(step);
+      if (!begun) return files[name].filter((line) => !line.comes).map((line) => ({ line: { text: line.text }, count: Infinity }));
+      const mine = item.shots.map((shot, i) => ({ ...shot, i })).filter((shot) => shot.file === name && (place.shot < 0 || shot.i === place.shot));
+      const lit = (line) => mine.some((shot) => (line.goes ? line.shot === shot.i : isIn(shot.lit, line.number)));
+      return files[name].map((line) => ({ line, count: shown(line, place), lit: lit(line) }));
+    }
+
+    function draw(name) {
+      let number = 0;
+      const all = linesOf(name, now), there = all.filter(({ count }) => count > 0);
+      const typed = all.findLast(({ line, count }) => line.comes && count > 0 && line.shot === now.place.shot && now.place.turn < line.turn + line.ends.length);
+      const nodes = there.map((entry) => {
+        const { line, count, lit } = entry;
+        const kind = [lit && "lit", line.goes && "gone", line.comes && "new", entry === typed && "typed"].filter(Boolean).join(" ");
+        const text = lit ? coloured(line.text, count) : [plain(line.text)];
+        return el("span", { class: `line ${kind}`, "data-n": line.goes ? "" : ++number }, line.goes ? el("del", {}, ...text) : el("span", {}, ...text), "\n");
+      });
+      code.replaceChildren(...nodes);
+      if (!there.length) code.replaceChildren(el("span", { class: "nothing" }, "This file is not there yet."));
+      pane.setAttribute("aria-label", `the code of ${name}`);
+      scroll(all, all.indexOf(typed));
+    }
+
+    /** The lit lines come into view; those that are too many are followed as they are typed. */
+    function scroll(all, typed) {
+      const above = (end) => all.slice(0, end).filter(({ count }) => count > 0).length;
+      const first = all.findIndex(({ lit }) => lit), last = all.findLastIndex(({ lit }) => lit);
+      if (first < 0) { pane.scrollTop = 0; return; }
+      const top = above(first), count = last - first + 1, free = rows - count;
+      const start = Math.max(0, top - (free > 4 ? Math.floor(free / 3) : 1));
+      const end = now.place.shot < 0 ? 0 : above(typed < 0 ? (now.place.turn ? last : 0) : typed) + 3 - rows;
+      pane.scrollTop = row * (free >= 2 ? start : Math.max(start, end));
+      pane.scrollLeft = 0;
+    }
+
+    function drawTabs(name) {
+      const lit = new Set(now.begun ? scoreOf(now.step).item.shots.map((shot) => shot.file) : []);
+      const there = Object.keys(data.files).filter((file) => file === name || linesOf(file, now).some(({ count }) => count > 0));
+      tabs.replaceChildren(...there.map((file) => el("button", { type: "button", class: `walk-tab${lit.has(file) ? " touched" : ""}`, "aria-current": String(file === name), onclick: () => look(file) },
+        file, el("small", {}, data.files[file].what))));
+      tabs.scrollLeft = tabs.querySelector("[aria-current=true]").offsetLeft - 40;
+    }
+
+    function tell() {
+      const key = now.begun ? now.step : -1;
+      if (told !== key) {
+        told = key;
+        words.replaceChildren(...(now.begun ? explanation(scoreOf(now.step).item) : beginning(data)));
+        words.scrollTop = 0;
+      }
+      words.querySelectorAll(".walk-shot").forEach((shot, i) => shot.setAttribute("aria-current", String(i === now.place.shot)));
+    }
+
+    function explanation(item) {
+      const html = (tag, attributes, text) => { const made = el(tag, attributes); made.innerHTML = text; return made; };
+      const shots = item.shots.map((shot) => el("button", { type: "button", class: "walk-shot", onclick: () => look(shot.file, shot) },
+        el("b", {}, shot.file), ` ${shot.names.join(", ")}`));
+      return [html("p", { class: "walk-milestone" }, `Milestone ${item.milestone}: ${item.milestone_title}`),
+        html("p", { class: "walk-title" }, `${item.number}. ${item.title}`),
+        el("div", { class: "walk-shots" }, ...shots), html("div", { class: "walk-text" }, item.explanation)];
+    }
+
+    /** Show a file, or a shot's lines in it, until the next `seek` that changes the picture. */
+    function look(name, shot = null) {
+      draw(name);
+      drawTabs(name);
+      const first = shot && code.querySelectorAll(".line")[shot.lit[0][0] - 1];
+      if (first) pane.scrollTop = row * Math.max(0, shot.lit[0][0] - 2);
+    }
+
+    function seek(time) {
+      now = momentOf(time);
+      const key = JSON.stringify([now.begun && now.step, now.place]);
+      if (key !== drawn) {
+        drawn = key;
+        draw(now.shot.file);
+        drawTabs(now.shot.file);
+        if (caption !== "none") tell();
+      }
+      if (caption === "beside" && now.place.shot >= 0) follow(time - now.step);
+    }
+
+    /** An explanation that is longer than its box moves on with the code. */
+    function follow(share) {
+      const reached = changes(now.step).findLast((change) => change <= share + 1e-9);
+      words.scrollTop = (words.scrollHeight - words.clientHeight) * Math.min(1, Math.max(0, (reached - 0.3) / 0.5));
+    }
+
+    function changes(step) {
+      const { turns, times: { begins } } = scoreOf(step);
+      return begins.flatMap((start, shot) => {
+        const length = ((begins[shot + 1] ?? 1) - start) * TYPED;
+        return Array.from({ length: turns[shot] + 1 }, (_, turn) => start + (length * turn) / (turns[shot] + 1));
+      });
+    }
+
+    return { node, words, steps, item: (step) => data.items[step], seek, changes, seconds: (step) => scoreOf(step).times.seconds };
+  }
+
+  /** What stands beside the code before the first item. */
+  function beginning({ step, before, first }) {
+    const there = first ? (before ? `The code is that of step ${step - 1}, in the files that the items change. New files are not there yet.` : "Nothing is written yet.")
+      : "The code is as the milestones before this page leave it.";
+    return [el("p", { class: "walk-milestone" }, `Step ${step}`), el("p", { class: "walk-title" }, "Before the first item"),
+      el("div", { class: "walk-text" }, el("p", {}, there), el("p", {}, "Play, and the items write the code. Or take one step after the other."))];
+  }
+
+  return { view, filesAfter, plain, WIDE };
+})();
