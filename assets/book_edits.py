@@ -1,6 +1,5 @@
 """Which item of a walk writes which line: how the files of a step grow out of those before it."""
 
-import re
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -8,9 +7,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests"))
+import book_hunks  # noqa: E402
 import lessons  # noqa: E402
 
-HUNK = re.compile(r"^@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@", re.MULTILINE)
 CONTEXT = 2  # lines around a change that its item shows too
 
 
@@ -60,62 +59,41 @@ def shots(step, index):
 def lines(step, file):
     """All lines of a file of a step and of the step before, in order, each with its item."""
     old = lessons.before(step) and lessons.before(step) / file
-    old = old if old and old.exists() else None
-    before, after = lessons.source(old) if old else [], lessons.source(step / file)
-    by_new, by_old, first = owners(step, file, old)
+    before, after = lessons.source(old) if old and old.exists() else [], lessons.source(step / file)
+    changes = [(*owner(step, item, file, hunk), hunk) for item, hunk in hunks_of(step, file)]
     found, at, gap = [], 1, 0  # at: the next line of the old file; gap: its distance to the new one
-
-    def same(end):
-        return [Line(before[n - 1], n, n + gap) for n in range(at, end)]
-
-    for old_lines, new_lines in hunks(old, step / file):
-        found += same(old_lines.start)
-        gone = [Line(before[n - 1], old=n) for n in old_lines]
-        come = [Line(after[n - 1], new=n) for n in new_lines]
-        settle(come, [by_new.get(line.new) for line in come], first)
-        typed = [(line.item, line.shot) for line in come if line.shot is not None]
-        settle(gone, [by_old.get(line.old) for line in gone], min(typed, default=first))
-        found += gone + come
-        at, gap = old_lines.stop, new_lines.stop - old_lines.stop
-    return found + same(len(before) + 1)
+    for item, shot, hunk in changes:
+        found += [Line(before[n - 1], n, n + gap) for n in range(at, hunk.old.start)]
+        found += [Line(before[n - 1], n, None, item, shot) for n in hunk.old]
+        found += [Line(after[n - 1], None, n, item, shot) for n in hunk.new]
+        at, gap = hunk.old.stop, hunk.new.stop - hunk.old.stop
+    for line, after in reversed([*zip(found, found[1:], strict=False)]):
+        if line.old is None and after.old is None and not line.text.strip():
+            line.item, line.shot = after.item, after.shot  # a blank line comes with the next one
+    return found + [Line(before[n - 1], n, n + gap) for n in range(at, len(before) + 1)]
 
 
-def hunks(old, new):
-    """The changes of a file as pairs of ranges of lines, old and new, counted from 1."""
-    for start, count, new_start, new_count in HUNK.findall(lessons.git_diff(old, new, 0)):
-        yield span(start, count), span(new_start, new_count)
+def hunks_of(step, file):
+    """(item or None, hunk) of a file, from its top on."""
+    found = [(item, hunk) for item, name, hunk in book_hunks.hunks_by_item(step) if name == file]
+    return sorted(found, key=lambda entry: (entry[1].new.start, entry[1].old.start))
 
 
-def span(start, count):
-    """What a diff calls `start,count`; with a count of 0, start is the line before."""
-    start, count = int(start), int(count or 1)
-    return range(start, start + count) if count else range(start + 1, start + 1)
-
-
-def owners(step, file, old):
-    """Who shows which line: {new number: (item, shot)} and {old number: (item, shot)}; and last
-    (item, None), the first item that touches the file: with it comes what no item shows.
+def owner(step, item, file, hunk):
+    """(index of the item in the walk, its shot). What no item shows comes untyped, without a shot,
+    with the first item that touches the file.
     """
-    by_new, by_old, first = {}, {}, None
-    known = lessons.definitions(old) if old else {}
-    for index in range(len(lessons.walk(step))):
-        for number, shot in enumerate(shots(step, index)):
-            for piece in shot.pieces if shot.file == file else ():
-                first = first or (index, None)
-                for n in piece.lines:
-                    by_new.setdefault(n, (index, number))
-                for n in known.get(piece.name, ()):
-                    by_old.setdefault(n, (index, number))
-    return by_new, by_old, first or (0, None)
-
-
-def settle(found, given, otherwise):
-    """Say who writes these neighbours. A blank line goes with the line after it."""
-    after = None
-    for line, owner in reversed([*zip(found, given, strict=True)]):
-        if owner is None:
-            owner = after if after and not line.text.strip() else otherwise
-        line.item, line.shot = after = owner
+    walk = lessons.walk(step)
+    if item is None:
+        touching = (i for i, one in enumerate(walk) if any(p.file == file for p in one.pieces))
+        return next(touching, 0), None
+    index = next(i for i, one in enumerate(walk) if one is item)
+    place = range(hunk.new.start - (not hunk.new), hunk.new.stop + (not hunk.new))
+    for number, shot in enumerate(shots(step, index)):
+        for piece in shot.pieces if shot.file == file else ():
+            if set(place) & set(piece.lines):
+                return index, number
+    raise AssertionError(f"{step.name}/{file}: no piece of item {item.title} shows {hunk}")
 
 
 def lit(step, index, shot):

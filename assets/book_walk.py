@@ -10,27 +10,20 @@ import re
 import sys
 from pathlib import Path
 
-import markdown
 from pygments.lexers import PythonLexer
-from pygments.token import Comment, Keyword, Name, Number, Operator, String
+from pygments.token import STANDARD_TYPES
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests"))
+import book_code  # noqa: E402
 import book_edits  # noqa: E402
 import lessons  # noqa: E402
+from book_markdown import Document, colour  # noqa: E402
 
 # Letters of no language stand where a colour begins, END + its number, and END where it ends.
 END = 0xE000
-COLOURS = {
-    1: (Keyword, Operator.Word, Name.Decorator),
-    2: (Comment, String.Doc),
-    3: (String,),
-    4: (Number,),
-    5: (Keyword.Constant, Name.Builtin),
-    6: (Name.Function, Name.Class, Name.Exception),
-}
-WRITER = markdown.Markdown(extensions=["tables", "sane_lists", "pymdownx.superfences"])
-HEADING = re.compile(r'(<h4 id="[^"]*">(\d+)\. .*?)(</h4>)', re.DOTALL)
+COLOURS = ["", "k", "nb", "nd", "nf", "nc", "sd", "s", "m", "c"]  # those of `colour`
+HEADING = re.compile(r'(<h4 id="[^"]*">(\d+)\. .*?)(<a class="headerlink")', re.DOTALL)
 
 
 # --- the data of a page ---------------------------------------------------------------------------
@@ -57,6 +50,7 @@ def data(page):
         "page": page.name,
         "before": old and old.name,
         "first": begun < 0,
+        "colours": COLOURS,
         "files": {
             file: {
                 "what": "changed" if old and (old / file).exists() else "new",
@@ -125,71 +119,66 @@ def marked(path):
     """The lines of a Python file with marks where colours begin and end."""
     lines, now = [""], 0
     for kind, value in PythonLexer(stripnl=False, ensurenl=False).get_tokens(path.read_text()):
-        for number, part in enumerate(value.split("\n")):
-            if number:
+        number = COLOURS.index(colour(STANDARD_TYPES.get(kind, "")))
+        for again, part in enumerate(value.split("\n")):
+            if again:
                 lines[-1] += chr(END) * bool(now)
                 lines.append("")
                 now = 0
-            if part.strip() and colour_of(kind) != now:
-                now = colour_of(kind)
+            if part.strip() and number != now:
+                now = number
                 lines[-1] += chr(END + now)
             lines[-1] += part
     return lines[:-1]
 
 
-@functools.cache
-def colour_of(kind):
-    """The number of the colour of a kind of token, 0 for that of the text."""
-    fitting = [(len(k), n) for n, kinds in COLOURS.items() for k in kinds if kind in k]
-    return max(fitting, default=(0, 0))[1]
-
-
 def plain(line):
     """A line without its marks."""
-    return re.sub(f"[{chr(END)}-{chr(END + max(COLOURS))}]", "", line)
+    return re.sub(f"[{chr(END)}-{chr(END + len(COLOURS))}]", "", line)
 
 
 # --- words ----------------------------------------------------------------------------------------
 
 
 def explained(text, step):
-    """The HTML of an explanation. A link leads to a page of the book, or is left out."""
-    written = WRITER.reset().convert(text)
-    return re.sub(r'<a href="([^"]*)">(.*?)</a>', lambda m: link(m[1], m[2], step), written)
+    """The HTML of an explanation, with links to the book's pages."""
+    return Document(text).html(lambda link, line: address(link, step))
 
 
-def link(target, text, step):
-    path, _, anchor = target.partition("#")
-    if path.startswith("http") or not path:
-        return f'<a href="{target}">{text}</a>'
-    if not (path.endswith(".md") and (step / path).exists()):
-        return text
-    path = re.sub(r"README\.md$", "index.md", path).removesuffix(".md") + ".html"
-    return f'<a href="{path}{anchor and "#" + anchor}">{text}</a>'
+def address(link, step):
+    """Where a link of a lesson leads in the book, seen from the lesson."""
+    name, _, part = link.partition("#")
+    if not name or re.match(r"[a-z]+:", name):
+        return link
+    if name.endswith(".md"):
+        there = re.sub(r"README\.md$", "index.md", name).removesuffix(".md") + ".html"
+    else:
+        source = book_code.home((step / name).resolve())
+        there = f"../{source.parent.name}/files/{source.name}.html"
+    return f"{there}#{part}" if part else there
 
 
 def inline(text):
     """The HTML of a few words."""
-    return WRITER.reset().convert(text).removeprefix("<p>").removesuffix("</p>")
+    return explained(text, ROOT).strip().removeprefix("<p>").removesuffix("</p>")
 
 
 # --- a page ---------------------------------------------------------------------------------------
-
-
-@functools.cache
-def pages():
-    """{name of the data: page} of all pages with items."""
-    found = [step / item.page for step in lessons.steps() for item in lessons.walk(step)]
-    return {data_name(page): page for page in found}
 
 
 def data_name(page):
     return f"walk_{lessons.step_number(page.parent)}_{page.stem}"
 
 
+def pages():
+    """All pages with items."""
+    found = (page for step in lessons.steps() for page in lessons.pages(step))
+    return [page for page in found if re.search(r"^#### 1\. ", page.read_text(), re.M)]
+
+
 def with_player(text, page):
     """A page's Markdown with the player at the head of The code, where the page has items."""
-    if page not in pages().values():
+    if page not in pages():
         return text
     options = html.escape(json.dumps({"data": data_name(page)}))
     player = f'<div id="walk" data-widget="walk" data-options="{options}"></div>'
@@ -205,3 +194,6 @@ def with_links(text):
         r'<span class="walk-hidden"> item \2</span></a>\3',
         text,
     )
+
+
+DATA = {data_name(page): functools.partial(data, page) for page in pages()}

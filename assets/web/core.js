@@ -111,8 +111,9 @@ window.Book = (() => {
   // --- play, pause, step, speed -------------------------------------------------------------------
 
   /** Buttons and a clock for moments 0 to steps - 1. `moved(time)` is called with each new time.
-      With `seconds(step)` the pause at a moment has its own length. */
-  function transport(id, moved, seconds = () => 1.4) {
+      With `seconds(step)` the pause at a moment has its own length. With `ends`, moments are where
+      things end that take the time before them: a pause may stand between two, and at 0 nothing is. */
+  function transport(id, moved, seconds = () => 1.4, { ends = false } = {}) {
     let steps = 1, time = 0, speed = 1, running = 0, before = 0;
     const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
     const button = (name, label, onclick, ...icons) => el("button", { type: "button", class: `do ${name}`, "aria-label": label, title: label, onclick }, ...icons);
@@ -127,8 +128,8 @@ window.Book = (() => {
       button("on", "one moment on", () => go(Math.floor(time) + 1), icon("on")), slider, place, faster);
 
     function show() {
-      slider.value = Math.round(time);
-      place.value = `${Math.floor(time + 1e-6) + 1} / ${steps}`;
+      slider.value = ends ? Math.ceil(time) : Math.round(time);
+      place.value = ends ? `${Math.ceil(time)} / ${steps - 1}` : `${Math.floor(time + 1e-6) + 1} / ${steps}`;
       slider.setAttribute("aria-valuetext", `moment ${place.value}`);
       play.classList.toggle("runs", Boolean(running));
       play.setAttribute("aria-label", running ? "pause" : "play");
@@ -139,7 +140,7 @@ window.Book = (() => {
       if (!running) return;
       cancelAnimationFrame(running);
       running = 0;
-      time = Math.round(time);
+      if (!ends) time = Math.round(time);
       show();
     }
     function start() {
@@ -153,7 +154,7 @@ window.Book = (() => {
       before = now;
       if (time >= steps - 1) { time = steps - 1; pause(); return; }
       running = requestAnimationFrame(tick);
-      if (calm) { const at = time; time = Math.floor(time); show(); time = at; } else show();
+      if (calm && !ends) { const at = time; time = Math.floor(time); show(); time = at; } else show();
     }
     return {
       node, go, pause, start, toggle: () => (running ? pause() : start()),
@@ -320,11 +321,14 @@ window.Book = (() => {
   function start() {
     for (const [i, root] of [...document.querySelectorAll("[data-widget]")].entries()) {
       const name = root.dataset.widget, id = root.id || `${name}${i || ""}`;
+      let made = false;
       const make = async () => {
+        if (made) return;
+        made = true;
         try {
           await load(`${name}.js`);
           await Promise.all((widgets[name].data ?? []).map((file) => load(`data/${file}.js`)));
-          mount(root, name, JSON.parse(root.dataset.options ?? "{}"), id);
+          await mount(root, name, JSON.parse(root.dataset.options ?? "{}"), id);
           root.dataset.ready = "yes";
         } catch (error) {
           root.append(el("p", { class: "failed" }, `This could not be shown: ${error.message}`));
@@ -332,6 +336,7 @@ window.Book = (() => {
         }
       };
       root.classList.add("widget");
+      addEventListener("hashchange", () => readAddress(id) && make());
       if (readAddress(id)) make();
       else new IntersectionObserver((seen, watch) => { if (seen.some((s) => s.isIntersecting)) { watch.disconnect(); make(); } }, { rootMargin: "400px" }).observe(root);
     }

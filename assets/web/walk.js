@@ -257,3 +257,150 @@ Book.walk = (() => {
 
   return { view, filesAfter, plain, WIDE };
 })();
+
+// --- the player on a page -------------------------------------------------------------------------
+
+/** The browser's own voices. What leaves the machine to be spoken is not used. */
+Book.walk.speaker = (changed) => {
+  const { el } = Book, speech = window.speechSynthesis;
+  let wanted = false, busy = 0, voice = null;
+  const node = el("button", { type: "button", class: "walk-button", hidden: "", "aria-pressed": "false",
+    onclick: () => { wanted = !wanted; node.setAttribute("aria-pressed", String(wanted)); if (!wanted) stop(); changed(); } }, "Speak");
+  const find = () => {
+    voice = speech.getVoices().filter((v) => v.localService && v.lang.startsWith("en")).sort((a, b) => b.default - a.default)[0] ?? null;
+    node.hidden = !voice;
+  };
+  if (speech) { find(); speech.addEventListener?.("voiceschanged", find); }
+
+  /** Speak an item: its title, and its explanation without code and tables, a sentence at a time. */
+  function say(item, rate) {
+    stop();
+    if (!wanted || !voice) return;
+    const page = new DOMParser().parseFromString(`<h1>${item.title}.</h1>${item.explanation}`, "text/html");
+    const texts = [...page.querySelectorAll("h1, p, li")].map((part) => part.textContent.replaceAll("_", " ").trim());
+    for (const sentence of texts.flatMap((text) => text.split(/(?<=[.:?!]) /)).filter(Boolean)) {
+      const words = Object.assign(new SpeechSynthesisUtterance(sentence), { voice, lang: voice.lang, rate });
+      const turn = busy;
+      words.onend = words.onerror = () => { if (turn === busy) left -= 1; };
+      left += 1;
+      speech.speak(words);
+    }
+  }
+  let left = 0;
+  function stop() { busy += 1; left = 0; speech?.cancel(); }
+  return { node, say, stop, get speaks() { return left > 0; } };
+};
+
+Book.define("walk", {
+  async mount(root, given, id) {
+    const { el } = Book;
+    await Book.load(`data/${given.data}.js`);
+    const data = Book.data[given.data], calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    const stage = el("div", { class: "walk-stage" });
+    let view = null, filled = false, used = false, now = { item: -1, runs: false };
+
+    const speaker = Book.walk.speaker(() => now.runs && now.item && speaker.say(data.items[now.item - 1], clock.speed));
+    const clock = Book.transport(id, moved, (step) => (speaker.speaks && clock.time - step > 0.97 ? Infinity : view.seconds(step)), { ends: true });
+    const fillButton = el("button", { type: "button", class: "walk-button", "aria-pressed": "false", title: "Fill the window (F); Esc leaves", onclick: () => fill(!filled) }, "Fill window");
+    const list = itemList();
+    root.classList.add("walk");
+    root.tabIndex = -1;
+    root.replaceChildren(el("div", { class: "walk-bar" }, clock.node, speaker.node, list.node, fillButton), stage);
+
+    function moved(time, runs) {
+      if (!view) return;
+      view.seek(calm && runs ? Math.ceil(time) : time);
+      const item = Math.min(data.items.length, runs ? Math.floor(time) + 1 : Math.ceil(time));
+      if (item === now.item && runs === now.runs) return;
+      now = { item, runs };
+      list.mark(item);
+      place(item);
+      if (runs) speaker.say(data.items[item - 1], clock.speed);
+      else speaker.stop();
+      remember();
+    }
+
+    function remember() {
+      if (used) Book.writeAddress(id, { item: now.item, ...(clock.speed !== 1 && { speed: clock.speed }), ...(now.runs && { play: "yes" }), ...(filled && { fill: "yes" }) });
+    }
+
+    /** Below the explanation: where the item stands in the lesson. */
+    function place(item) {
+      const number = data.items[item - 1]?.number;
+      const heading = [...document.querySelectorAll("h4[id]")].find((h) => h.textContent.startsWith(`${number}. `));
+      view.words.querySelector(".walk-place")?.remove();
+      if (heading) view.words.append(el("a", { class: "walk-place", href: `#${heading.id}`, onclick: () => fill(false) }, "Its place in the lesson"));
+    }
+
+    function itemList() {
+      const html = (tag, attributes, text) => { const made = el(tag, attributes); made.innerHTML = text; return made; };
+      const groups = new Map(), panel = el("ul", { id: `${id}-items`, hidden: "" });
+      const buttons = data.items.map((item, i) => {
+        const button = html("button", { type: "button", onclick: () => { open(false); clock.go(i + 1); } }, `${item.number}. ${item.title}`);
+        if (!groups.has(item.milestone)) {
+          groups.set(item.milestone, el("ul"));
+          panel.append(el("li", {}, html("p", {}, `Milestone ${item.milestone}: ${item.milestone_title}`), groups.get(item.milestone)));
+        }
+        groups.get(item.milestone).append(el("li", {}, button));
+        return button;
+      });
+      const button = el("button", { type: "button", class: "walk-button", "aria-expanded": "false", "aria-controls": panel.id, onclick: () => open(panel.hidden) }, "Items");
+      const open = (on) => { panel.hidden = !on; button.setAttribute("aria-expanded", String(on)); };
+      const mark = (current) => buttons.forEach((one, i) => {
+        one.classList.toggle("done", i + 1 < current);
+        one.setAttribute("aria-current", i + 1 === current ? "step" : "false");
+      });
+      return { node: el("div", { class: "walk-list" }, button, panel), mark, open, isOpen: () => !panel.hidden };
+    }
+
+    function renew() {
+      const width = stage.clientWidth, free = innerHeight - stage.getBoundingClientRect().top - 16;
+      const font = Math.min(filled && width > 1700 ? 16 : 13, Math.max(12, Math.floor((width - 60) / 30.1) / 2));
+      const height = filled ? (width < Book.walk.WIDE ? 0.55 : 1) * free : Math.min(460, 0.7 * innerHeight);
+      view = Book.walk.view(data, { width, height: Math.round(height), font });
+      stage.replaceChildren(view.node);
+      now = { item: -1, runs: now.runs };
+      clock.steps = view.steps + 1;
+    }
+
+    function fill(on) {
+      if (on === filled) return;
+      filled = on;
+      root.classList.toggle("filled", on);
+      document.documentElement.classList.toggle("walk-fills", on);
+      fillButton.setAttribute("aria-pressed", String(on));
+      // What lies behind is out of reach of the keyboard.
+      for (let node = root; node !== document.body; node = node.parentNode)
+        for (const other of node.parentNode.children) if (other !== node) other.inert = on;
+      renew();
+      remember();
+      if (!on) root.scrollIntoView();
+    }
+
+    function obey({ item, speed, play, fill: fills }) {
+      const number = Math.round(Number(item)) || 0;
+      if ([0.5, 1, 1.5, 2, 4].includes(Number(speed))) clock.speed = Number(speed);
+      fill(fills === "yes");
+      clock.go(play === "yes" ? number - 1 : number);
+      if (play === "yes") clock.start();
+      root.scrollIntoView();
+    }
+
+    const leave = (event) => {
+      if (event.key === "Escape" && list.isOpen()) list.open(false);
+      else if (event.key === "Escape" && filled) fill(false);
+      else if (event.key === "f" && root.contains(event.target) && !event.ctrlKey && !event.metaKey) fill(!filled);
+    };
+    for (const kind of ["click", "keydown", "input"]) root.addEventListener(kind, () => { used = true; }, true);
+    root.addEventListener("change", remember);
+    document.addEventListener("keydown", leave);
+    document.addEventListener("click", (event) => { if (!list.node.contains(event.target)) list.open(false); });
+    addEventListener("hashchange", () => { const address = Book.readAddress(id); if (address) obey(address); });
+    Book.keys(root, clock);
+    renew();
+    let size = "";
+    new ResizeObserver(() => { const seen = `${stage.clientWidth} ${filled && innerHeight}`; if (size && size !== seen) renew(); size = seen; }).observe(root);
+    const address = Book.readAddress(id);
+    if (address) obey(address);
+  },
+});
