@@ -3,18 +3,20 @@
    What a film may rely on. Load core.js, this file, and the data of a page: data/walk_5_README.js.
 
      const view = Book.walk.view(Book.data.walk_5_README, { width: 1920, height: 1000, font: 20 });
+     document.querySelector(".widget.walk").append(view.node);
+     view.seek(2.5);
 
    view.node         tabs and code, `height` pixels high, and beside it the caption (under it, as high
                      as it needs, where `width` is less than 960; nowhere with `caption: "none"`).
                      `font` is the size of the code's letters in pixels. It needs the style sheets
-                     book.css and walk.css, and stands in an element of the class `widget`.
+                     book.css and walk.css, and stands in an element of the classes `widget walk`.
    view.steps        how many items the page has
    view.item(step)   item `step`, counted from 0: {number, title, milestone, milestone_title (HTML all
                      three texts), explanation (HTML), shots: [{file, names, lit}], edits}. A shot is
                      what one looks at together: neighbouring pieces of one file.
    view.seconds(step)  how long this item should take where nobody speaks
-   view.changes(step)  the shares of an item's time, ascending from 0 on and below 1, at which the
-                     picture changes: from one to the next it stays as it is
+   view.changes(step)  the shares of an item's time, ascending from just above 0 and below 1, at which
+                     the picture changes: from one to the next it stays as it is
    view.seek(time)   show a moment; time goes from 0 to `steps`. At step + share, item `step` is being
                      written: shot by shot, its lines lit, and typed in the first two thirds of the
                      shot's time. At step + 1 sharp it is written, all its lines are lit, and one
@@ -125,6 +127,13 @@ Book.walk = (() => {
     return nodes;
   }
 
+  /** An element of the HTML that the data holds. */
+  function html(tag, attributes, text) {
+    const made = el(tag, attributes);
+    made.innerHTML = text;
+    return made;
+  }
+
   const isIn = (ranges, number) => ranges.some(([first, last]) => first <= number && number <= last);
 
   function view(data, { width, height, font, caption = width < WIDE ? "under" : "beside" }) {
@@ -133,10 +142,10 @@ Book.walk = (() => {
     const row = Math.round(font * 1.55), bar = Math.round(font * 2.8), rows = Math.floor((height - bar) / row);
     const tabs = el("div", { class: "walk-tabs", role: "group", "aria-label": "files" });
     const code = el("code", { class: "highlight" }), pane = el("div", { class: "walk-pane", role: "region", tabindex: 0 }, code);
-    const words = el("div", { class: "walk-words" });
+    const head = el("div", { "aria-live": "polite" }), told = el("div"), words = el("div", { class: "walk-words" }, head, told);
     const node = el("div", { class: `walk-view ${caption}`, style: `--walk-font: ${font}px; --walk-row: ${row}px; --walk-bar: ${bar}px; --walk-height: ${height}px` },
       el("div", { class: "walk-code" }, tabs, pane), caption === "none" ? null : words);
-    let drawn = "", told = null, now = null;
+    let drawn = "", said = null, now = null;
 
     /** Where the code stands at a time: the item, and the place in it. Before the first: its files. */
     function momentOf(time) {
@@ -161,9 +170,10 @@ Book.walk = (() => {
       const typed = all.findLast(({ line, count }) => line.comes && count > 0 && line.shot === now.place.shot && now.place.turn < line.turn + line.ends.length);
       const nodes = there.map((entry) => {
         const { line, count, lit } = entry;
-        const kind = [lit && "lit", line.goes && "gone", line.comes && "new", entry === typed && "typed"].filter(Boolean).join(" ");
-        const text = lit ? coloured(line.text, count) : [plain(line.text)];
-        return el("span", { class: `line ${kind}`, "data-n": line.goes ? "" : ++number }, line.goes ? el("del", {}, ...text) : el("span", {}, ...text), "\n");
+        const kind = [lit && "lit", line.goes && "gone", line.comes && (lit || plain(line.text).trim()) && "new", entry === typed && "typed"].filter(Boolean).join(" ");
+        const text = plain(line.text), indent = text.match(/^ */)[0];
+        const parts = line.goes ? [indent, el("del", {}, text.slice(indent.length))] : lit ? coloured(line.text, count) : [text];
+        return el("span", { class: `line ${kind}`, "data-n": line.goes ? "" : ++number }, el("span", {}, ...parts), "\n");
       });
       code.replaceChildren(...nodes);
       if (!there.length) code.replaceChildren(el("span", { class: "nothing" }, "This file is not there yet."));
@@ -192,30 +202,31 @@ Book.walk = (() => {
     }
 
     function tell() {
-      const key = now.begun ? now.step : -1;
-      if (told !== key) {
-        told = key;
-        words.replaceChildren(...(now.begun ? explanation(scoreOf(now.step).item) : beginning(data)));
-        words.scrollTop = 0;
+      const item = now.begun ? scoreOf(now.step).item : null;
+      if (said !== (item ?? data)) {
+        said = item ?? data;
+        const { title, milestone, text } = item ? { title: `${item.number}. ${item.title}`, milestone: `Milestone ${item.milestone}: ${item.milestone_title}`, text: item.explanation } : beginning(data);
+        head.replaceChildren(html("p", { class: "walk-milestone" }, milestone), html("p", { class: "walk-title" }, title));
+        const shots = (item?.shots ?? []).map((shot) => el("button", { type: "button", class: "walk-shot", onclick: () => look(shot.file, shot) }, el("b", {}, shot.file), ` ${shot.names.join(", ")}`));
+        told.replaceChildren(el("div", { class: "walk-shots" }, ...shots), html("div", { class: "walk-text" }, text));
+        told.querySelectorAll("pre").forEach(fit);
       }
-      words.querySelectorAll(".walk-shot").forEach((shot, i) => shot.setAttribute("aria-current", String(i === now.place.shot)));
+      told.querySelectorAll(".walk-shot").forEach((shot, i) => shot.setAttribute("aria-current", String(i === now.place.shot)));
     }
 
-    function explanation(item) {
-      const html = (tag, attributes, text) => { const made = el(tag, attributes); made.innerHTML = text; return made; };
-      const shots = item.shots.map((shot) => el("button", { type: "button", class: "walk-shot", onclick: () => look(shot.file, shot) },
-        el("b", {}, shot.file), ` ${shot.names.join(", ")}`));
-      return [html("p", { class: "walk-milestone" }, `Milestone ${item.milestone}: ${item.milestone_title}`),
-        html("p", { class: "walk-title" }, `${item.number}. ${item.title}`),
-        el("div", { class: "walk-shots" }, ...shots), html("div", { class: "walk-text" }, item.explanation)];
+    /** A block of code in the explanation gets smaller letters where its lines are long. */
+    function fit(block) {
+      const columns = Math.max(...block.textContent.split("\n").map((line) => line.length));
+      const free = (caption === "beside" ? width - (60.2 * font + 76) : width) - 70;
+      block.style.fontSize = `${Math.max(11, Math.min(font * 0.95, free / columns / 0.605))}px`;
+      block.tabIndex = 0; // it may have to be scrolled
     }
 
     /** Show a file, or a shot's lines in it, until the next `seek` that changes the picture. */
     function look(name, shot = null) {
       draw(name);
       drawTabs(name);
-      const first = shot && code.querySelectorAll(".line")[shot.lit[0][0] - 1];
-      if (first) pane.scrollTop = row * Math.max(0, shot.lit[0][0] - 2);
+      if (shot) pane.scrollTop = row * Math.max(0, shot.lit[0][0] - 2);
     }
 
     function seek(time) {
@@ -226,84 +237,52 @@ Book.walk = (() => {
         draw(now.shot.file);
         drawTabs(now.shot.file);
         if (caption !== "none") tell();
+        follow(time - now.step);
       }
-      if (caption === "beside" && now.place.shot >= 0) follow(time - now.step);
     }
 
     /** An explanation that is longer than its box moves on with the code. */
     function follow(share) {
-      const reached = changes(now.step).findLast((change) => change <= share + 1e-9);
-      words.scrollTop = (words.scrollHeight - words.clientHeight) * Math.min(1, Math.max(0, (reached - 0.3) / 0.5));
+      const reached = now.place.shot < 0 ? 0 : changes(now.step).findLast((change) => change <= share + 1e-9);
+      words.scrollTop = (words.scrollHeight - words.clientHeight) * Math.min(1, Math.max(0, (reached - 0.2) / 0.4));
     }
 
     function changes(step) {
       const { turns, times: { begins } } = scoreOf(step);
       return begins.flatMap((start, shot) => {
         const length = ((begins[shot + 1] ?? 1) - start) * TYPED;
-        return Array.from({ length: turns[shot] + 1 }, (_, turn) => start + (length * turn) / (turns[shot] + 1));
+        return Array.from({ length: turns[shot] + 1 }, (_, turn) => Math.max(1e-6, start + (length * turn) / (turns[shot] + 1)));
       });
     }
 
-    return { node, words, steps, item: (step) => data.items[step], seek, changes, seconds: (step) => scoreOf(step).times.seconds };
+    return { node, told, steps, item: (step) => data.items[step], seek, changes, seconds: (step) => scoreOf(step).times.seconds };
   }
 
-  /** What stands beside the code before the first item. */
+  /** What is said before the first item. */
   function beginning({ step, before, first }) {
     const there = first ? (before ? `The code is that of step ${step - 1}, in the files that the items change. New files are not there yet.` : "Nothing is written yet.")
       : "The code is as the milestones before this page leave it.";
-    return [el("p", { class: "walk-milestone" }, `Step ${step}`), el("p", { class: "walk-title" }, "Before the first item"),
-      el("div", { class: "walk-text" }, el("p", {}, there), el("p", {}, "Play, and the items write the code. Or take one step after the other."))];
+    return { title: "Before the first item", milestone: `Step ${step}`, text: `<p>${there}</p><p>Play, and the items write the code. Or take one step after the other.</p>` };
   }
 
-  return { view, filesAfter, plain, WIDE };
+  return { view, filesAfter, plain, html, WIDE };
 })();
 
 // --- the player on a page -------------------------------------------------------------------------
 
-/** The browser's own voices. What leaves the machine to be spoken is not used. */
-Book.walk.speaker = (changed) => {
-  const { el } = Book, speech = window.speechSynthesis;
-  let wanted = false, busy = 0, voice = null;
-  const node = el("button", { type: "button", class: "walk-button", hidden: "", "aria-pressed": "false",
-    onclick: () => { wanted = !wanted; node.setAttribute("aria-pressed", String(wanted)); if (!wanted) stop(); changed(); } }, "Speak");
-  const find = () => {
-    voice = speech.getVoices().filter((v) => v.localService && v.lang.startsWith("en")).sort((a, b) => b.default - a.default)[0] ?? null;
-    node.hidden = !voice;
-  };
-  if (speech) { find(); speech.addEventListener?.("voiceschanged", find); }
-
-  /** Speak an item: its title, and its explanation without code and tables, a sentence at a time. */
-  function say(item, rate) {
-    stop();
-    if (!wanted || !voice) return;
-    const page = new DOMParser().parseFromString(`<h1>${item.title}.</h1>${item.explanation}`, "text/html");
-    const texts = [...page.querySelectorAll("h1, p, li")].map((part) => part.textContent.replaceAll("_", " ").trim());
-    for (const sentence of texts.flatMap((text) => text.split(/(?<=[.:?!]) /)).filter(Boolean)) {
-      const words = Object.assign(new SpeechSynthesisUtterance(sentence), { voice, lang: voice.lang, rate });
-      const turn = busy;
-      words.onend = words.onerror = () => { if (turn === busy) left -= 1; };
-      left += 1;
-      speech.speak(words);
-    }
-  }
-  let left = 0;
-  function stop() { busy += 1; left = 0; speech?.cancel(); }
-  return { node, say, stop, get speaks() { return left > 0; } };
-};
-
 Book.define("walk", {
   async mount(root, given, id) {
-    const { el } = Book;
-    await Book.load(`data/${given.data}.js`);
-    const data = Book.data[given.data], calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    const { el } = Book, { html } = Book.walk;
+    await Promise.all([Book.load(`data/${given.data}.js`), Book.load("speaker.js")]);
+    const data = Book.data[given.data], address = Book.readAddress(id), calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
     const stage = el("div", { class: "walk-stage" });
     let view = null, filled = false, used = false, now = { item: -1, runs: false };
 
-    const speaker = Book.walk.speaker(() => now.runs && now.item && speaker.say(data.items[now.item - 1], clock.speed));
+    const speaker = Book.speaker(() => now.runs && speak());
     const clock = Book.transport(id, moved, (step) => (speaker.speaks && clock.time - step > 0.97 ? Infinity : view.seconds(step)), { ends: true });
-    const fillButton = el("button", { type: "button", class: "walk-button", "aria-pressed": "false", title: "Fill the window (F); Esc leaves", onclick: () => fill(!filled) }, "Fill window");
+    const fillButton = el("button", { type: "button", class: "walk-button", title: "F fills the window, Esc leaves", onclick: () => fill(!filled) }, "Fill window");
     const list = itemList();
-    root.classList.add("walk");
+    
     root.tabIndex = -1;
     root.replaceChildren(el("div", { class: "walk-bar" }, clock.node, speaker.node, list.node, fillButton), stage);
 
@@ -315,9 +294,16 @@ Book.define("walk", {
       now = { item, runs };
       list.mark(item);
       place(item);
-      if (runs) speaker.say(data.items[item - 1], clock.speed);
+      if (runs) speak();
       else speaker.stop();
       remember();
+    }
+
+    /** Speak the item that is written: its title, and its explanation without code and tables. */
+    function speak() {
+      const { title, explanation } = data.items[now.item - 1];
+      const said = [...html("div", {}, `<p>${title}.</p>${explanation}`).querySelectorAll("p, li")];
+      speaker.say(said.map((part) => part.textContent.replaceAll("_", " ")), clock.speed);
     }
 
     function remember() {
@@ -328,12 +314,11 @@ Book.define("walk", {
     function place(item) {
       const number = data.items[item - 1]?.number;
       const heading = [...document.querySelectorAll("h4[id]")].find((h) => h.textContent.startsWith(`${number}. `));
-      view.words.querySelector(".walk-place")?.remove();
-      if (heading) view.words.append(el("a", { class: "walk-place", href: `#${heading.id}`, onclick: () => fill(false) }, "Its place in the lesson"));
+      view.told.querySelector(".walk-place")?.remove();
+      if (heading) view.told.append(el("a", { class: "walk-place", href: `#${heading.id}`, onclick: () => fill(false) }, "Its place in the lesson"));
     }
 
     function itemList() {
-      const html = (tag, attributes, text) => { const made = el(tag, attributes); made.innerHTML = text; return made; };
       const groups = new Map(), panel = el("ul", { id: `${id}-items`, hidden: "" });
       const buttons = data.items.map((item, i) => {
         const button = html("button", { type: "button", onclick: () => { open(false); clock.go(i + 1); } }, `${item.number}. ${item.title}`);
@@ -354,7 +339,7 @@ Book.define("walk", {
     }
 
     function renew() {
-      const width = stage.clientWidth, free = innerHeight - stage.getBoundingClientRect().top - 16;
+      const width = stage.clientWidth, free = innerHeight - stage.getBoundingClientRect().top;
       const font = Math.min(filled && width > 1700 ? 16 : 13, Math.max(12, Math.floor((width - 60) / 30.1) / 2));
       const height = filled ? (width < Book.walk.WIDE ? 0.55 : 1) * free : Math.min(460, 0.7 * innerHeight);
       view = Book.walk.view(data, { width, height: Math.round(height), font });
@@ -368,7 +353,7 @@ Book.define("walk", {
       filled = on;
       root.classList.toggle("filled", on);
       document.documentElement.classList.toggle("walk-fills", on);
-      fillButton.setAttribute("aria-pressed", String(on));
+      fillButton.textContent = on ? "Leave" : "Fill window";
       // What lies behind is out of reach of the keyboard.
       for (let node = root; node !== document.body; node = node.parentNode)
         for (const other of node.parentNode.children) if (other !== node) other.inert = on;
@@ -391,7 +376,12 @@ Book.define("walk", {
       else if (event.key === "Escape" && filled) fill(false);
       else if (event.key === "f" && root.contains(event.target) && !event.ctrlKey && !event.metaKey) fill(!filled);
     };
-    for (const kind of ["click", "keydown", "input"]) root.addEventListener(kind, () => { used = true; }, true);
+    for (const kind of ["click", "keydown", "input"])
+      root.addEventListener(kind, (event) => {
+        // The first item lies there to be looked at; who plays first wants to see it written.
+        if (!used && !address && (event.key === " " || event.target.closest(".play"))) clock.go(0);
+        used = true;
+      }, true);
     root.addEventListener("change", remember);
     document.addEventListener("keydown", leave);
     document.addEventListener("click", (event) => { if (!list.node.contains(event.target)) list.open(false); });
@@ -400,7 +390,7 @@ Book.define("walk", {
     renew();
     let size = "";
     new ResizeObserver(() => { const seen = `${stage.clientWidth} ${filled && innerHeight}`; if (size && size !== seen) renew(); size = seen; }).observe(root);
-    const address = Book.readAddress(id);
     if (address) obey(address);
+    else clock.go(1);
   },
 });
