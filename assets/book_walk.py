@@ -181,7 +181,7 @@ def with_player(text, page):
     if page not in pages():
         return text
     options = html.escape(json.dumps({"data": data_name(page)}))
-    player = f'<div id="walk" data-widget="walk" data-options="{options}"></div>'
+    player = f'<div id="walk" class="walk" data-widget="walk" data-options="{options}"></div>'
     return re.sub(r"^## The code\n", lambda m: f"{m[0]}\n{player}\n", text, count=1, flags=re.M)
 
 

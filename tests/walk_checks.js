@@ -9,7 +9,7 @@ const checks = (() => {
   }
 
   const texts = (selector) => [...document.querySelectorAll(selector)].map((node) => node.textContent);
-  const shown = () => texts(".line").map((text) => text.slice(0, -1));
+  const shown = () => texts(".row").map((text) => text.slice(0, -1));
   const mapped = (object, change) => Object.fromEntries(Object.entries(object).map(([name, value]) => [name, change(value)]));
 
   /** The files of a page after 0, 1, … items. */
@@ -33,7 +33,7 @@ const checks = (() => {
     return view.changes(step).map((share) => {
       view.seek(step + share);
       return {
-        lines: shown(), struck: texts(".line.gone del"), typed: texts(".line.typed").length,
+        lines: shown(), struck: texts(".row.gone del"), typed: texts(".row.typed").length,
         shot: texts(".walk-shot[aria-current=true]").join(),
       };
     });
@@ -69,7 +69,7 @@ const checks = (() => {
         view.seek(step + share);
         const pane = view.node.querySelector(".walk-pane").getBoundingClientRect();
         const isIn = (line) => line.getBoundingClientRect().top > pane.top - 1 && line.getBoundingClientRect().bottom < pane.bottom + 1;
-        const typed = view.node.querySelectorAll(".line.typed"), lit = view.node.querySelectorAll(".line.lit");
+        const typed = view.node.querySelectorAll(".row.typed"), lit = view.node.querySelectorAll(".row.lit");
         const asked = typed.length ? typed : lit; // neither is there where a new piece is about to be typed
         if (asked.length ? ![...asked].some(isIn) : share === 1) found.push([step, share]);
       }

@@ -28,7 +28,6 @@
 
 Book.walk = (() => {
   const { el } = Book;
-  const COLOURS = ["", "k", "c", "s", "m", "nb", "nf"]; // Pygments' classes for the marks in the data
   const END = 0xe000;
   const FEW = 8; // so many lines of a shot are typed word by word, more of them line by line
   const TYPED = 2 / 3; // the share of a shot's time in which it is typed
@@ -112,14 +111,14 @@ Book.walk = (() => {
 
   // --- the picture --------------------------------------------------------------------------------
 
-  /** The first `count` letters of a line, coloured. */
-  function coloured(line, count) {
+  /** The first `count` letters of a line; its marks say which of the colours each has. */
+  function coloured(line, count, colours) {
     const nodes = [];
     let colour = "", text = "", left = count;
     const put = () => { if (text) nodes.push(colour ? el("span", { class: colour }, text) : text); text = ""; };
     for (const letter of line) {
       const mark = letter.codePointAt(0) - END;
-      if (mark >= 0 && mark < COLOURS.length) { put(); colour = COLOURS[mark]; }
+      if (mark >= 0 && mark < colours.length) { put(); colour = colours[mark]; }
       else if (left-- > 0) text += letter;
       else break;
     }
@@ -172,8 +171,8 @@ Book.walk = (() => {
         const { line, count, lit } = entry;
         const kind = [lit && "lit", line.goes && "gone", line.comes && (lit || plain(line.text).trim()) && "new", entry === typed && "typed"].filter(Boolean).join(" ");
         const text = plain(line.text), indent = text.match(/^ */)[0];
-        const parts = line.goes ? [indent, el("del", {}, text.slice(indent.length))] : lit ? coloured(line.text, count) : [text];
-        return el("span", { class: `line ${kind}`, "data-n": line.goes ? "" : ++number }, el("span", {}, ...parts), "\n");
+        const parts = line.goes ? [indent, el("del", {}, text.slice(indent.length))] : lit ? coloured(line.text, count, data.colours) : [text];
+        return el("span", { class: `row ${kind}`, "data-n": line.goes ? "" : ++number }, el("span", {}, ...parts), "\n");
       });
       code.replaceChildren(...nodes);
       if (!there.length) code.replaceChildren(el("span", { class: "nothing" }, "This file is not there yet."));
