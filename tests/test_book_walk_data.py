@@ -120,7 +120,7 @@ def test_marks_of_colours_leave_the_text_as_it_is():
             marks = [ord(letter) - book_walk.END for letter in line if ord(letter) >= book_walk.END]
             assert not marks or marks[-1] == 0, line
     define = next(line for line in lines if "apply_tensor_parallel" in line)
-    assert define.startswith("\ue001def \ue006apply_tensor_parallel\ue000(")
+    assert define.startswith("\ue001def \ue004apply_tensor_parallel\ue000(")
 
 
 def test_explanations_link_to_pages_of_the_book():
@@ -130,14 +130,18 @@ def test_explanations_link_to_pages_of_the_book():
     for page in PAGES:
         written = json.dumps(data(page)["items"])
         for target in re.findall(r'<a href=\\"([^#\\]+)', written):
-            name = re.sub(r"index\.html$", "README.html", target).removesuffix(".html") + ".md"
-            assert (page.parent / name).resolve() in pages, (page, target)
+            name = re.sub(r"index\.html$", "README.html", target).removesuffix(".html")
+            source = name.replace("/files/", "/")
+            known = (page.parent / f"{name}.md").resolve() in pages
+            assert known or source != name and (page.parent / source).exists(), (page, target)
 
 
 def test_the_player_stands_at_the_head_of_the_code():
     page = lessons.step_of(5) / "README.md"
     text = book_walk.with_player(page.read_text(), page)
-    assert re.search(r'^## The code\n\n<div id="walk" class="walk" .*walk_5_README.*></div>\n', text, re.M)
+    assert re.search(
+        r'^## The code\n\n<div id="walk" class="walk" .*walk_5_README.*></div>\n', text, re.M
+    )
     assert book_walk.with_player("## The code\n", ROOT / "README.md") == "## The code\n"
     html = '<h4 id="2-a">2. A<a class="headerlink" href="#2-a">¶</a></h4>'
     assert book_walk.with_links(html) == html  # this page has no player
