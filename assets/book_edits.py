@@ -99,22 +99,32 @@ def owner(step, item, file, hunk):
 def lit(step, index, shot):
     """The lines that a shot shows, as numbers in the file once its item is written: [[1, 9], …]."""
     file = lines(step, shot.file)
-    near = set()
-    for place, line in enumerate(file):
-        if line.changes:
-            near.update(range(place - CONTEXT, place + CONTEXT + 1))
+    shown = set().union(*(shown_by(piece, file) for piece in shot.pieces))
     numbers, blank, number = set(), set(), 0
     for place, line in enumerate(file):
-        if not line.is_there(index):
-            continue
-        number += 1
-        if not line.text.strip():
-            blank.add(number)
-        for piece in shot.pieces:
-            shown = piece.kind == "code" or place in near or line.new == piece.lines[0]
-            if line.new in piece.lines and shown:
+        if line.is_there(index):
+            number += 1
+            if not line.text.strip():
+                blank.add(number)
+            if place in shown:
                 numbers.add(number)
     return ranges(numbers, blank)
+
+
+def shown_by(piece, file):
+    """The places in a file of what a piece shows: all of it, or its changes and lines around."""
+    inside, new = set(), 1  # new: the number that a deleted line would have
+    for place, line in enumerate(file):
+        new = line.new or new
+        if new in piece.lines:
+            inside.add(place)
+        new += line.new is not None
+    if piece.kind == "code":
+        return inside
+    near = {
+        place + i for place in inside if file[place].changes for i in range(-CONTEXT, CONTEXT + 1)
+    }
+    return inside & near | {min(inside)}
 
 
 def ranges(numbers, blank):
