@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent))
+import book_walk  # noqa: E402
 import numbers_collectives  # noqa: E402
 import numbers_mesh  # noqa: E402
 import numbers_ring  # noqa: E402
 import numbers_tensor_parallel  # noqa: E402
 
 DATA = {
+    **book_walk.DATA,
     "collectives": numbers_collectives.collectives,
     "mesh": numbers_mesh.mesh,
     "ring": numbers_ring.rings,

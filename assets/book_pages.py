@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests"))
 import book_code  # noqa: E402
 import book_diffs  # noqa: E402
+import book_walk  # noqa: E402
 import lessons  # noqa: E402
 from book_markdown import Document  # noqa: E402
 
@@ -77,7 +78,7 @@ def text_of(page):
         except lessons.LessonError as error:
             line = page.read_text()[: directive.start()].count("\n") + 1
             raise lessons.LessonError(f"{page.relative_to(ROOT)}:{line}: {error}") from None
-    return lessons.renewed(page)
+    return book_walk.with_player(lessons.renewed(page), page)
 
 
 class Pages:
@@ -167,7 +168,8 @@ class Pages:
             return size_of((path.parent / picture).resolve())
 
         heading = next(iter(self.documents[path].anchors.values()))
-        return self.add(path, self.documents[path].html(address, size), heading)
+        made = book_walk.with_links(self.documents[path].html(address, size))
+        return self.add(path, made, heading)
 
     def add(self, path, text, heading=None, wide=False, search=True):
         place = self.place(path)

@@ -132,8 +132,9 @@ window.Book = (() => {
 
   /** Buttons and a clock for moments 0 to steps - 1. `moved(time, runs, last)` is called with each new
       time; last is false while the slider is being dragged. With `seconds(step)` the pause at a moment
-      has its own length. */
-  function transport(id, moved, seconds = () => 1.4) {
+      has its own length. With `ends`, moments are where things end that take the time before them: a
+      pause may stand between two, and at 0 nothing is. */
+  function transport(id, moved, seconds = () => 1.4, { ends = false } = {}) {
     let steps = 1, time = 0, speed = 1, running = 0, before = 0;
     const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
     const button = (name, label, onclick, ...icons) => el("button", { type: "button", class: `do ${name}`, "aria-label": label, title: label, onclick }, ...icons);
@@ -148,9 +149,9 @@ window.Book = (() => {
       button("on", "one moment on", () => go(Math.floor(time) + 1), icon("on")), slider, place, faster);
 
     function show(last = true) {
-      const moment = Math.floor(time + 1e-6), verb = running ? "pause" : "play";
+      const moment = ends ? Math.ceil(time) : Math.floor(time + 1e-6), verb = running ? "pause" : "play";
       slider.value = moment;
-      place.value = `${moment + 1} / ${steps}`;
+      place.value = ends ? `${moment} / ${steps - 1}` : `${moment + 1} / ${steps}`;
       slider.setAttribute("aria-valuetext", `moment ${place.value}`);
       play.classList.toggle("runs", Boolean(running));
       play.setAttribute("aria-label", verb);
@@ -162,7 +163,7 @@ window.Book = (() => {
       time = Math.min(steps - 1, Math.max(0, Number.isFinite(to) ? to : 0));
       show(last);
     }
-    function pause() { if (running) go(Math.round(time)); }
+    function pause() { if (running) go(ends ? time : Math.round(time)); }
     function stop() {
       cancelAnimationFrame(running);
       running = 0;
@@ -179,7 +180,7 @@ window.Book = (() => {
       before = now;
       if (time >= steps - 1) { go(steps - 1); return; }
       running = requestAnimationFrame(tick);
-      if (calm) { const at = time; time = Math.floor(time); show(); time = at; } else show();
+      if (calm && !ends) { const at = time; time = Math.floor(time); show(); time = at; } else show();
     }
     return {
       node, go, pause, start, toggle: () => (running ? pause() : start()),
