@@ -4,4 +4,6 @@ Each widget has a file `numbers_….py` of its own. What a function returns is w
 page it is `Book.data[name]`.
 """
 
-DATA = {}
+import numbers_pipelines
+
+DATA = {"pipelines": numbers_pipelines.pipelines}
