@@ -10,10 +10,13 @@ that compute nothing and messages that go nowhere:
 The widget computes when each of them happens.
 """
 
+import collections
 import itertools
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 from recorded import record
 
@@ -22,81 +25,89 @@ RANKS, MICRO_BATCHES, CHUNKS = range(1, 9), range(1, 17), range(2, 5)
 LETTERS = [chr(code) for code in range(35, 127) if chr(code) != "\\"]
 
 
-def programs_of(engine, chunks, sizes):
-    """On a rank of step 8 or 9: for each (ranks, micro-batches) the program of every rank."""
-    return [
-        [program_of(engine, chunks, ranks, count, rank) for rank in range(ranks)]
-        for ranks, count in sizes
-    ]
+def stand_in(engine, chunks, ranks, count, rank, went):
+    """A rank's own `Stage` or `Interleaved` of the step that is imported, without a model.
 
-
-def program_of(engine, chunks, ranks, count, rank):
-    """The words of one rank, as its own `Stage` or `Interleaved` would act."""
-    from types import SimpleNamespace
-    from unittest.mock import patch
-
+    A pass of it only calls went(F or B, chunk, micro-batch).
+    """
     import torch
 
     import pipeline_parallel
     import process_group as pg
 
-    words, posted, numbers = [], [], itertools.count()
-    group = pg.Group("pp", tuple(range(ranks)), rank, None)
-    result = SimpleNamespace(contiguous=lambda: None)
+    numbers, result = itertools.count(), SimpleNamespace(contiguous=lambda: None)
 
     class Stage(pipeline_parallel.Stage):
         def __init__(self, *args):
             super().__init__(*args)
-            self.chunk, self.went_forward = next(numbers), 0
+            self.chunk = next(numbers)
 
         def forward(self, x, micro_batch):
-            assert micro_batch == self.went_forward, "the widget counts micro-batches in order"
-            self.went_forward += 1
             self.alive.append(micro_batch)
-            words.append(f"F{self.chunk}")
+            went("F", self.chunk, micro_batch)
             return result
 
         def backward(self, grad):
-            assert self.alive.popleft() == self.went_backward
-            self.went_backward += 1
-            words.append(f"B{self.chunk}")
+            went("B", self.chunk, self.alive.popleft())
             return result
 
         def empty(self):
             return None
-
-    def exchange(group, send=(), receive=()):
-        """What is posted together is waited for together: its last handle says when."""
-        peers = [(sign, peer) for sign, all in ((">", send), ("<", receive)) for _, peer in all]
-        if not peers:
-            return []
-        words.append("".join(sign + "-+"[peer == group.next] for sign, peer in peers))
-        number, left = len(posted), len(peers)
-        posted.append(number)
-
-        def wait():
-            nonlocal left
-            left -= 1
-            if left == 0:
-                words.append(f"w{len(posted) - 1 - number}")
-
-        return [SimpleNamespace(wait=wait) for _ in peers]
 
     args = SimpleNamespace(
         cp_size=1, tp_size=1, sequence_parallel=False, micro_batch_size=1, seq_len=1,
         config=SimpleNamespace(hidden_size=1), gradient_accumulation_steps=count,
         pp_engine=engine, pp_chunks=chunks, timeline=None,
     )  # fmt: skip
+    group = pg.Group("pp", tuple(range(ranks)), rank, None)
     rest = None, group, SimpleNamespace(), torch.device("cpu")
-    with patch.object(pg, "exchange", exchange):
-        if chunks == 1:
-            Stage(args, *rest).run(range(count), 1, backward=True)
-        else:
-            import interleaved
+    if chunks == 1:
+        return Stage(args, *rest)
+    import interleaved
 
-            with patch.multiple(interleaved, Stage=Stage, chunk_of=lambda *args: None):
-                interleaved.Interleaved(args, *rest).run(range(count), 1, backward=True)
+    with patch.multiple(interleaved, Stage=Stage, chunk_of=lambda *args: None):
+        return interleaved.Interleaved(args, *rest)
+
+
+def program_of(engine, chunks, ranks, count, rank):
+    """The words of one rank."""
+    import process_group as pg
+
+    words, posted, passed = [], [], collections.Counter()
+
+    def went(kind, chunk, micro_batch):
+        word = f"{kind}{chunk}"
+        assert micro_batch == passed[word], "the widget counts micro-batches in order"
+        passed[word] += 1
+        words.append(word)
+
+    def exchange(group, send=(), receive=()):
+        """What is posted together is waited for together: the last handle says when."""
+        peers = [(">", peer) for _, peer in send] + [("<", peer) for _, peer in receive]
+        if not peers:
+            return []
+        words.append("".join(sign + "-+"[peer == group.next] for sign, peer in peers))
+        number, left = len(posted), [*peers]
+        posted.append(number)
+
+        def wait():
+            left.pop()
+            if not left:
+                words.append(f"w{len(posted) - 1 - number}")
+
+        return [SimpleNamespace(wait=wait) for _ in peers]
+
+    with patch.object(pg, "exchange", exchange):
+        stand_in(engine, chunks, ranks, count, rank, went).run(range(count), 1, backward=True)
     return words
+
+
+def programs_of(engine, chunks, sizes):
+    """On a rank of step 8 or 9: for each (ranks, micro-batches) the program of every rank."""
+    return [
+        [program_of(engine, chunks, ranks, count, rank) for rank in range(ranks)]
+        for ranks, count in sizes
+    ]
 
 
 def engines():

@@ -254,8 +254,9 @@ window.Book = (() => {
     return numbers.map(({ name, label, text }) => el("div", { class: "number" }, el("dt", {}, label), el("dd", { "data-number": name }, String(text))));
   }
 
+  /** A table; a cell is a text, or a number {name, text}. */
   function table({ head, rows, title }) {
-    const row = (cells, tag) => el("tr", {}, ...cells.map((cell) => el(tag, tag === "th" ? { scope: "col" } : {}, String(cell))));
+    const row = (cells, tag) => el("tr", {}, ...cells.map((cell) => el(tag, { scope: tag === "th" ? "col" : null, "data-number": cell.name }, String(cell.text ?? cell))));
     return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": title ?? "table" }, el("table", {}, el("thead", {}, row(head, "th")), el("tbody", {}, ...rows.map((cells) => row(cells, "td")))));
   }
 

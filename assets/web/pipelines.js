@@ -4,12 +4,8 @@
 "use strict";
 
 (() => {
-  const ENGINES = { afab: "AFAB", "1f1b": "1F1B", interleaved: "interleaved 1F1B" };
-  const SAYS = {
-    afab: "all forward, then all backward",
-    "1f1b": "one forward, one backward",
-    interleaved: "in several chunks of layers",
-  };
+  const ENGINES = { afab: "AFAB", "1f1b": "1F1B", interleaved: "interleaved" };
+  const TITLES = { afab: "AFAB: all forward, all backward", "1f1b": "1F1B: one forward, one backward", interleaved: "Interleaved 1F1B: several chunks a rank" };
 
   // --- when things happen -------------------------------------------------------------------------
 
@@ -109,7 +105,7 @@
   function computed(id, engine, state) {
     const { p, m, v, ratio, message, head } = state;
     const { rows, messages, chunks } = step(engine, p, m, v, ratio, message, head);
-    return summed({ id, engine, rows, messages, chunks, title: ENGINES[engine] });
+    return summed({ id, engine, rows, messages, chunks, title: TITLES[engine] });
   }
 
   /** A recorded run, in the same unit: what a rank needs for its layers forward, on average. */
@@ -126,7 +122,7 @@
         return { kind, chunk: Number(word.slice(1)), micro, start: (start - first) / unit, end: (end - first) / unit };
       });
     });
-    return summed({ id, engine, rows, messages: [], chunks, run, unit, ratio: back / unit, title: `measured: ${ENGINES[engine]}` });
+    return summed({ id, engine, rows, messages: [], chunks, run, unit, ratio: back / unit, title: `Measured: ${ENGINES[engine]}, ${run.on}` });
   }
 
   function summed(panel) {
@@ -137,14 +133,20 @@
 
   const rounded = (value) => String(Number(value.toFixed(2)));
   const percent = (share) => `${(100 * share).toFixed(1)} %`;
-  const several = (ranks) => (ranks.length === 1 ? `rank ${ranks[0]}` : `ranks ${ranks.slice(0, -1).join(", ")} and ${ranks.at(-1)}`);
+  /** "rank 0", "ranks 0 and 2", "ranks 1 to 3". */
+  function several(ranks) {
+    const [first, last] = [ranks[0], ranks.at(-1)];
+    if (ranks.length === 1) return `rank ${first}`;
+    if (ranks.length > 2 && last - first === ranks.length - 1) return `ranks ${first} to ${last}`;
+    return `ranks ${ranks.slice(0, -1).join(", ")} and ${last}`;
+  }
   const capital = (text) => text[0].toUpperCase() + text.slice(1);
 
   function sizes(width, p) {
     const narrow = width < 560, few = p <= 4;
     return {
       narrow, width, size: narrow ? 11 : 12, left: narrow ? 18 : 54, right: narrow ? 58 : 92,
-      lane: few ? 26 : 20, drop: few ? 6 : 4, area: few ? 14 : 10, pitch: few ? 50 : 38, title: narrow ? 44 : 32,
+      lane: few ? 26 : 20, drop: few ? 6 : 4, area: few ? 18 : 12, pitch: few ? 56 : 42, title: narrow ? 42 : 28,
     };
   }
 
@@ -155,9 +157,10 @@
     const shapes = [], { size, lane, drop, area } = look;
     const name = (...parts) => [panel.id, ...parts].join(" ");
     const says = `${rounded(panel.time)} long, ${percent(panel.share)} idle`;
-    shapes.push({ id: name("title"), kind: "text", x: 0, y: top + 8, anchor: "start", size: size + 2, bold: true, text: capital(panel.title) });
-    shapes.push({ id: name("says"), kind: "text", x: look.narrow ? 0 : x(0) + 6 + (size + 2) * 0.6 * panel.title.length, y: top + (look.narrow ? 26 : 8), anchor: "start", size, fill: "dim", text: look.narrow ? says : `${SAYS[panel.engine]}; ${says}` });
-    shapes.push({ id: name("alive"), kind: "text", x: look.width, y: top + (look.narrow ? 26 : 8), anchor: "end", size, fill: "dim", text: "alive" });
+    const line = top + (look.narrow ? 28 : 8);
+    shapes.push({ id: name("title"), kind: "text", x: 0, y: top + 8, anchor: "start", size: size + 2, bold: true, text: panel.title });
+    shapes.push({ id: name("says"), kind: "text", x: look.narrow ? 0 : look.width - look.right, y: line, anchor: look.narrow ? "start" : "end", size, fill: "dim", text: says });
+    shapes.push({ id: name("alive"), kind: "text", x: look.width, y: line, anchor: "end", size, fill: "dim", text: now === null ? "alive at most" : "alive" });
     panel.rows.forEach((row, rank) => {
       const y = top + look.title + rank * look.pitch, base = y + lane + area + 2;
       shapes.push({ id: name(rank, "label"), kind: "text", x: 0, y: y + lane / 2, anchor: "start", size, text: look.narrow ? rank : `rank ${rank}` });
@@ -167,8 +170,8 @@
         const runs = now !== null && pass.start <= now && now < pass.end;
         shapes.push({
           id: name(rank, i), kind: "rect", x: x(pass.start), w, y: y + (pass.kind === "F" ? 0 : drop), h: lane - drop, round: 2, size,
-          fill: `${pass.kind === "F" ? "forward" : "backward"}-${pass.chunk}`, stroke: runs ? "ink" : w > 3 ? "paper" : null,
-          opacity: comes ? 0.3 : 1, bold: runs, text: !comes && w > 4 + text.length * size * 0.58 ? text : undefined,
+          fill: `${pass.kind === "F" ? "forward" : "backward"}-${pass.chunk}`, stroke: runs ? "ink" : w > 6 ? "paper" : null,
+          opacity: comes ? 0.3 : 1, bold: runs, text: !comes && w > 1 + text.length * size * 0.56 ? text : undefined,
         });
       });
       const height = (count) => (count / tallest) * area;
@@ -176,8 +179,9 @@
       shapes.push({ id: name(rank, "curve"), kind: "path", d: `M${x(0)} ${base}${curve}H${x(panel.time).toFixed(1)}V${base}z`, fill: "rank-2" });
       const here = now === null ? null : panel.curves[rank].reduce((count, [time, after]) => (time <= now ? after : count), 0);
       const most = rounded(panel.most[rank]);
-      shapes.push({ id: name(rank, "count"), kind: "text", x: look.width, y: base - area / 2, anchor: "end", size, text: here === null ? `at most ${most}` : `${rounded(here)} of ${most}` });
+      shapes.push({ id: name(rank, "count"), kind: "text", x: look.width, y: base - area / 2, anchor: "end", size: size + 1, bold: here === null, text: here === null ? most : `${rounded(here)} of ${most}` });
     });
+    if (now !== null) shapes.push({ id: name("now"), kind: "line", x: x(now), x2: x(now), y: top + look.title - 4, y2: top + heightOf(panel, look), stroke: "accent", thick: 2 });
     return shapes;
   }
 
@@ -199,14 +203,12 @@
     const every = nice(longest, look.narrow ? 6 : 12), shapes = [];
     for (let time = 0; time <= longest + 1e-9; time += every) {
       shapes.push({ id: `tick ${time}`, kind: "line", x: x(time), x2: x(time), y, y2: y + 5, stroke: "line" });
-      shapes.push({ id: `time ${time}`, kind: "text", x: x(time), y: y + 14, size: look.size, fill: "dim", text: rounded(time) });
+      const hidden = now !== null && Math.abs(x(now) - x(time)) < 30;
+      if (!hidden) shapes.push({ id: `time ${time}`, kind: "text", x: x(time), y: y + 14, size: look.size, fill: "dim", text: rounded(time) });
     }
     shapes.push({ id: "axis", kind: "line", x: x(0), x2: x(longest), y, y2: y, stroke: "line" });
     shapes.push({ id: "unit", kind: "text", x: x(0), y: y + 32, anchor: "start", size: look.size, fill: "dim", text: look.narrow ? "time, in forward passes of a rank" : "time; 1 is what a rank needs to go forward with a micro-batch" });
-    if (now !== null) {
-      shapes.push({ id: "now", kind: "line", x: x(now), x2: x(now), y: 18, y2: y, stroke: "accent", thick: 2 });
-      shapes.push({ id: "now is", kind: "rect", x: x(now) - 19, y: y + 3, w: 38, h: 20, fill: "accent", size: look.size, bold: true, text: rounded(now) });
-    }
+    if (now !== null) shapes.push({ id: "now is", kind: "rect", x: x(now) - 19, y: y + 3, w: 38, h: 20, fill: "accent", size: look.size, bold: true, text: rounded(now) });
     return shapes;
   }
 
@@ -217,7 +219,7 @@
     const shapes = [];
     let at = 0, line = y;
     for (const [i, { fill, up = 2, text }] of entries.entries()) {
-      const w = 20 + text.length * look.size * 0.56 + 16;
+      const w = 20 + text.length * look.size * 0.5 + 18;
       if (at + w > look.width + 16) { at = 0; line += 22; }
       shapes.push({ id: `key ${i}`, kind: "rect", x: at, y: line - 9 + up, w: 14, h: 14, fill, round: 2 });
       shapes.push({ id: `key ${i} is`, kind: "text", x: at + 20, y: line, anchor: "start", size: look.size, text });
@@ -245,8 +247,8 @@
     return `${first} ${ENGINES[below.engine]}, below, ${other} and keeps ${rounded(Math.max(...below.most))} alive at most.`;
   }
 
-  /** What the ranks of a panel do at a moment. */
-  function moment(panel, now) {
+  /** What the ranks of a panel do at a moment, after the panel's name. */
+  function moment(panel, now, name) {
     const runs = [], waits = [], over = [];
     panel.rows.forEach((row, rank) => {
       if (row.some((pass) => pass.start <= now && now < pass.end)) return runs.push(rank);
@@ -261,21 +263,25 @@
       said.push(`rank ${rank} waits for the ${what} of micro-batch ${next.micro}`);
     } else if (waits.length) said.push(`${several(waits.map(({ rank }) => rank))} wait`);
     if (over.length) said.push(over.length === panel.rows.length ? "the step is over" : `${several(over)} ${over.length > 1 ? "are" : "is"} done`);
-    return said.map((text) => `${capital(text)}.`).join(" ");
+    return said.map((text, i) => `${capital(i ? text : name + text)}.`).join(" ");
   }
 
+  /** What is counted of a panel. Its names end with "_below" for the second one. */
   function numbersOf(panel, state, below) {
-    const name = (text) => (below ? `${text}_below` : text), label = (text) => (below === null ? text : `${panel.run ? "measured" : ENGINES[panel.engine]}: ${text}`);
     const { p, m } = state, v = panel.engine === "interleaved" ? state.v : 1;
-    const numbers = [
-      { name: name("idle"), label: label("idle"), text: percent(panel.share) },
-      { name: name("time"), label: label("length of the step"), text: panel.run ? `${(panel.time * panel.unit).toFixed(0)} ms` : rounded(panel.time) },
-      { name: name("alive"), label: label("alive at most"), text: rounded(Math.max(...panel.most)) },
-    ];
-    if (panel.run) return numbers;
-    const formula = `${p - 1} / ${v * m + p - 1} = ${percent(bubble(panel.engine, p, m, v))}`;
-    numbers.splice(1, 0, { name: name("formula"), label: label(v > 1 ? "(p − 1) / (v m + p − 1)" : "(p − 1) / (m + p − 1)"), text: formula });
-    return numbers;
+    const by = panel.run ? "–" : `${p - 1} / ${v * m + p - 1} = ${percent(bubble(panel.engine, p, m, v))}`;
+    return [
+      { name: "idle", label: "idle", text: percent(panel.share) },
+      { name: "formula", label: v > 1 ? "(p − 1) / (v m + p − 1)" : "(p − 1) / (m + p − 1)", text: by },
+      { name: "time", label: "length of the step", text: panel.run ? `${(panel.time * panel.unit).toFixed(0)} ms` : rounded(panel.time) },
+      { name: "alive", label: "alive at most", text: rounded(Math.max(...panel.most)) },
+    ].map((number) => ({ ...number, name: below ? `${number.name}_below` : number.name }));
+  }
+
+  /** The numbers of two panels side by side. */
+  function compared(panels, state) {
+    const rows = panels.map((panel, i) => [panel.run ? "measured" : ENGINES[panel.engine], ...numbersOf(panel, state, i === 1)]);
+    return { title: "both schedules", head: ["schedule", "idle", "by the formula", "length of the step", "alive at most"], rows };
   }
 
   const measured = () => Object.keys(Book.data.pipelines?.measured ?? {});
@@ -315,17 +321,17 @@
       const bottom = tops.at(-1) + heightOf(panels.at(-1), look) + 4;
       const legend = drawLegend(bottom + 56, look, Math.max(...panels.map((panel) => panel.chunks)));
       const every = Math.max(0.5, nice(longest, 48)), steps = 2 + Math.ceil(longest / every);
-      const numbers = panels.flatMap((panel, i) => numbersOf(panel, state, panels.length > 1 ? i === 1 : null));
+      const numbers = panels.length > 1 ? { numbers: [], tables: [compared(panels, state)] } : { numbers: numbersOf(panels[0], state, false) };
 
       /** Moment 0 shows the whole step, the others a time each. */
       function at(step) {
         const now = step === 0 ? null : Math.min(longest, (step - 1) * every);
-        const caption = now === null ? overview(state, panels) : panels.map((panel) => (panels.length > 1 ? `${capital(panel.title)}: ${moment(panel, now)}` : moment(panel, now))).join(" ");
+        const caption = now === null ? overview(state, panels) : panels.map((panel) => moment(panel, now, panels.length > 1 ? `${panel.run ? "measured" : ENGINES[panel.engine]}: ` : "")).join(" ");
         const rows = panels.flatMap((panel, i) => drawPanel(panel, tops[i], look, x, tallest, now));
         const sent = now === null ? [] : panels.flatMap((panel, i) => drawMessages(panel, tops[i], look, x, now));
         return { shapes: [...rows, ...legend.shapes, ...drawAxis(bottom, look, x, longest, now), ...sent], caption };
       }
-      return { height: legend.bottom, steps, at, numbers };
+      return { height: legend.bottom, steps, at, ...numbers };
     },
   });
 })();
