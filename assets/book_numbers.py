@@ -4,6 +4,7 @@ Each widget has a file `numbers_….py` of its own. What a function returns is w
 page it is `Book.data[name]`.
 """
 
+import numbers_mistakes
 import numbers_pipelines
 
-DATA = {"pipelines": numbers_pipelines.pipelines}
+DATA = {"mistakes": numbers_mistakes.mistakes, "pipelines": numbers_pipelines.pipelines}

@@ -3,8 +3,8 @@
     python assets/pipeline_runs.py --ranks 2 4
     python assets/pipeline_runs.py --ranks 4 --flags "--model_name smollm-1.7b --seq_len 2048 ..."
 
-Writes assets/timeline_ENGINE_RANKS_MACHINE.json: the fastest step but the first, as programs that run
-beside it only make it longer. The widget of pipelines draws every such file.
+Writes assets/timeline_ENGINE_RANKS_MACHINE.json: the fastest step but the first, as programs that
+run beside it only make it longer. The widget of pipelines draws every such file.
 """
 
 import argparse
@@ -21,8 +21,8 @@ import launch  # noqa: E402
 
 # The sizes of step 7's COSTS.md, for a few steps more.
 FLAGS = (
-    "--hidden_size 256 --intermediate_size 768 --micro_batch_size 4 --gradient_accumulation_steps 8 "
-    "--max_tokens 32768 --dataset_name random"
+    "--hidden_size 256 --intermediate_size 768 --micro_batch_size 4 "
+    "--gradient_accumulation_steps 8 --max_tokens 32768 --dataset_name random"
 )
 ENGINES = {
     "afab": ("step8_pipeline_1f1b", 1),
@@ -32,8 +32,8 @@ ENGINES = {
 
 
 def fastest_step(path):
-    """(micro-batches, rows) of a trace: for each rank (F or B, start, end) in order, in ms."""
-    micro_batches, steps = timeline.steps_of(timeline.read_ranks(path))
+    """(forward passes, rows) of a trace: for each rank (F or B, start, end) in order, in ms."""
+    forward, steps = timeline.steps_of(timeline.read_ranks(path))
     passes = [
         [[(name[0].upper(), *times) for name, *times in spans if name != "wait"] for spans in rows]
         for rows in steps[1:]
@@ -43,7 +43,7 @@ def fastest_step(path):
         times = [time for row in rows for _, *both in row for time in both]
         return max(times) - min(times)
 
-    return micro_batches, min(passes, key=length)
+    return forward, min(passes, key=length)
 
 
 def record(engine, ranks, flags):
@@ -55,7 +55,7 @@ def record(engine, ranks, flags):
         done = launch.launch(ROOT / step, f"{argv} --timeline {path}", through=())
         if done.code:
             sys.exit("".join(done.errors))
-        micro_batches, rows = fastest_step(path)
+        forward, rows = fastest_step(path)
     begun = min(start for row in rows for _, start, _ in row)
     machine, date = launch.machine().rsplit(", ", 1)
     return {
@@ -65,7 +65,7 @@ def record(engine, ranks, flags):
         "on": machine.split(" of ")[0].split(",")[0],
         "engine": engine,
         "ranks": ranks,
-        "micro_batches": micro_batches,
+        "micro_batches": forward // chunks,
         "chunks": chunks,
         "rows": [
             [[kind, round(start - begun, 2), round(end - begun, 2)] for kind, start, end in row]

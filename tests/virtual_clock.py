@@ -12,12 +12,14 @@ from unittest.mock import patch
 
 
 def run(engine, ranks, count, chunks, ratio, message, head):
-    """The passes of each rank, a list of (kind, chunk, micro-batch, start, end); the units are those
-    of the widget: a rank goes forward through its layers in 1, and the head comes on top."""
+    """The passes of each rank, a list of (kind, chunk, micro-batch, start, end).
+
+    In the units of the widget: a rank goes forward through its layers in 1, the head comes on top.
+    """
     import greenlet
+    from numbers_pipelines import stand_in
 
     import process_group as pg
-    from numbers_pipelines import stand_in
 
     now, links, rows = [0.0] * ranks, defaultdict(lambda: ([], [])), [[] for _ in range(ranks)]
     hub = greenlet.getcurrent()

@@ -238,7 +238,9 @@
       interleaved: `Each rank has ${v} chunks of layers, so a micro-batch goes round ${v} times. A pass is 1/${v} as long, and so is the wait for the first one.`,
     }[above.engine];
     if (!below) {
-      if (state.message || state.head) return `${first} The formula knows neither messages nor a head: it says ${percent(bubble(above.engine, p, m, v))}, and here ${percent(above.share)} is idle.`;
+      const due = bubble(above.engine, p, m, v);
+      const why = state.message || state.head ? "The formula knows neither messages nor a head" : "Ranks also wait for what they send, and the formula does not know it";
+      if (Math.abs(above.share - due) > 1e-9) return `${first} ${why}: it says ${percent(due)}, and here ${percent(above.share)} is idle.`;
       return `${first} ${percent(above.share)} of the time nobody computes.`;
     }
     if (below.run) return `Below, the same schedule as it ran: ${below.run.machine}, ${below.run.date}. There 1 on the axis is ${below.unit.toFixed(1)} ms, and a pass backward took ${below.ratio.toFixed(1)} times as long as one forward.`;
@@ -281,7 +283,7 @@
   /** The numbers of two panels side by side. */
   function compared(panels, state) {
     const rows = panels.map((panel, i) => [panel.run ? "measured" : ENGINES[panel.engine], ...numbersOf(panel, state, i === 1)]);
-    return { title: "both schedules", head: ["schedule", "idle", "by the formula", "length of the step", "alive at most"], rows };
+    return { title: "side by side", head: ["schedule", "idle", "by the formula", "length of the step", "alive at most"], rows };
   }
 
   const measured = () => Object.keys(Book.data.pipelines?.measured ?? {});
