@@ -46,7 +46,7 @@ def cases(seed, number):
 
 @pytest.fixture(scope="module")
 def by_the_code():
-    """by_the_code(inputs): (passes, chunks of a rank) of each case, as the code of its step goes."""
+    """by_the_code(inputs): (passes, chunks a rank) of each case, as the code of its step goes."""
     with World(ROOT / "step8_pipeline_1f1b", 1) as plain, World(ROOT / "step9_4d", 1) as chunked:
 
         def both(inputs):
