@@ -119,7 +119,8 @@ def test_figures_are_drawn_by_code(tmp_path):
     assert drawn <= shown, "a figure that no page shows"
     # These show what was measured; convergence.py, ring_work.py and timeline.py draw them.
     measured = {"convergence.png", "tinyllama.png", "ring_work.png", "afab.png"}
-    assert shown - drawn <= measured
+    widgets = {"mistakes_widget.png"}  # of the book; browser.py has taken pictures of them
+    assert shown - drawn <= measured | widgets
 
 
 @pytest.mark.parametrize("command, code", [("true", 0), ("false", 1), ("false | true", 1)])

@@ -164,6 +164,13 @@ window.Book = (() => {
     });
   }
 
+  /** 1, 2 or 5 times a power of ten: the smallest step that cuts a length into at most `most` parts. */
+  function nice(length, most) {
+    const power = 10 ** Math.floor(Math.log10(length / most));
+    const digit = [1, 2, 5].find((digit) => digit * power * most >= length * (1 - 1e-9)) ?? 10;
+    return Number((digit * power).toPrecision(1));
+  }
+
   // --- pictures -----------------------------------------------------------------------------------
 
   const MOVING = ["x", "y", "w", "h", "x2", "y2", "r", "opacity", "size"];
@@ -327,5 +334,5 @@ window.Book = (() => {
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start);
   else start();
 
-  return { base, data, formulas, widgets, define: (name, widget) => { widgets[name] = widget; }, el, svg, load, begin, controls, transport, keys, picture, between, figures, table, readAddress, writeAddress, mount };
+  return { base, data, formulas, widgets, define: (name, widget) => { widgets[name] = widget; }, el, svg, load, begin, controls, transport, keys, picture, between, nice, figures, table, readAddress, writeAddress, mount };
 })();

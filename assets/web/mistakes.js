@@ -81,7 +81,7 @@
 
   /** Places of a few round numbers between two, the smallest and the largest included. */
   function ticks(low, high) {
-    const step = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50].find((size) => (high - low) / size <= 4);
+    const step = Book.nice(high - low, 4);
     const first = Math.floor(low / step), last = Math.ceil(high / step);
     return Array.from({ length: last - first + 1 }, (_, i) => Number(((first + i) * step).toFixed(6)));
   }

@@ -193,14 +193,8 @@
     }));
   }
 
-  /** 1, 2 or 5 times a power of ten: the smallest that cuts `length` into at most `most` parts. */
-  function nice(length, most) {
-    const sizes = [0.25, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500];
-    return sizes.find((size) => length / size <= most) ?? 1000;
-  }
-
   function drawAxis(y, look, x, longest, now) {
-    const every = nice(longest, look.narrow ? 6 : 12), shapes = [];
+    const every = Book.nice(longest, look.narrow ? 6 : 12), shapes = [];
     for (let time = 0; time <= longest + 1e-9; time += every) {
       shapes.push({ id: `tick ${time}`, kind: "line", x: x(time), x2: x(time), y, y2: y + 5, stroke: "line" });
       const hidden = now !== null && Math.abs(x(now) - x(time)) < 30;
@@ -241,9 +235,13 @@
       const due = bubble(above.engine, p, m, v);
       const why = state.message || state.head ? "The formula knows neither messages nor a head" : "Ranks also wait for what they send, and the formula does not know it";
       if (Math.abs(above.share - due) > 1e-9) return `${first} ${why}: it says ${percent(due)}, and here ${percent(above.share)} is idle.`;
-      return `${first} ${percent(above.share)} of the time nobody computes.`;
+      return `${first} On average a rank waits for ${percent(above.share)} of the step.`;
     }
-    if (below.run) return `Below, the same schedule as it ran: ${below.run.machine}, ${below.run.date}. There 1 on the axis is ${below.unit.toFixed(1)} ms, and a pass backward took ${below.ratio.toFixed(1)} times as long as one forward.`;
+    if (below.run) {
+      const { machine, date, on, ranks } = below.run, cores = Number(/^(\d+) cores/.exec(on)?.[1] ?? ranks);
+      const shared = ranks > cores ? ` ${ranks} ranks share ${cores} cores, so they wait for a core, too.` : "";
+      return `Below, the same schedule as it ran: ${machine}, ${date}.${shared} There 1 on the axis is ${below.unit.toFixed(1)} ms, and a pass backward took ${below.ratio.toFixed(1)} times as long as one forward.`;
+    }
     const apart = below.time / above.time - 1;
     const other = Math.abs(apart) < 1e-9 ? "takes exactly as long" : `takes ${percent(Math.abs(apart))} ${apart < 0 ? "less" : "more"} time`;
     return `${first} ${ENGINES[below.engine]}, below, ${other} and keeps ${rounded(Math.max(...below.most))} alive at most.`;
@@ -322,11 +320,13 @@
       const tops = panels.map((_, i) => panels.slice(0, i).reduce((sum, panel) => sum + heightOf(panel, look) + 16, 0));
       const bottom = tops.at(-1) + heightOf(panels.at(-1), look) + 4;
       const legend = drawLegend(bottom + 56, look, Math.max(...panels.map((panel) => panel.chunks)));
-      const every = Math.max(0.5, nice(longest, 48)), steps = 2 + Math.ceil(longest / every);
+      const every = Math.max(0.5, Book.nice(longest, 48)), steps = 2 + Math.ceil(longest / every);
       const numbers = panels.length > 1 ? { numbers: [], tables: [compared(panels, state)] } : { numbers: numbersOf(panels[0], state, false) };
 
+      const seen = {}; // a moment is asked for again and again while it plays
       /** Moment 0 shows the whole step, the others a time each. */
-      function at(step) {
+      const at = (step) => (seen[step] ??= moments(step));
+      function moments(step) {
         const now = step === 0 ? null : Math.min(longest, (step - 1) * every);
         const caption = now === null ? overview(state, panels) : panels.map((panel) => moment(panel, now, panels.length > 1 ? `${panel.run ? "measured" : ENGINES[panel.engine]}: ` : "")).join(" ");
         const rows = panels.flatMap((panel, i) => drawPanel(panel, tops[i], look, x, tallest, now));
