@@ -11,6 +11,8 @@ sys.path.append(str(Path(__file__).parent))
 import book_walk  # noqa: E402
 import numbers_collectives  # noqa: E402
 import numbers_mesh  # noqa: E402
+import numbers_mistakes  # noqa: E402
+import numbers_pipelines  # noqa: E402
 import numbers_ring  # noqa: E402
 import numbers_tensor_parallel  # noqa: E402
 
@@ -18,6 +20,8 @@ DATA = {
     **book_walk.DATA,
     "collectives": numbers_collectives.collectives,
     "mesh": numbers_mesh.mesh,
+    "mistakes": numbers_mistakes.mistakes,
+    "pipelines": numbers_pipelines.pipelines,
     "ring": numbers_ring.rings,
     "tensor_parallel": numbers_tensor_parallel.blocks,
 }

@@ -204,6 +204,13 @@ window.Book = (() => {
     });
   }
 
+  /** 1, 2 or 5 times a power of ten: the smallest step that cuts a length into at most `most` parts. */
+  function nice(length, most) {
+    const power = 10 ** Math.floor(Math.log10(length / most));
+    const digit = [1, 2, 5].find((digit) => digit * power * most >= length * (1 - 1e-9)) ?? 10;
+    return Number((digit * power).toPrecision(1));
+  }
+
   // --- a widget on a page -------------------------------------------------------------------------
 
   /** Numbers of a scene, [{name, label, text}], as a row of figures. */
@@ -211,8 +218,9 @@ window.Book = (() => {
     return numbers.map(({ name, label, text }) => el("div", { class: "number" }, el("dt", {}, label), el("dd", { "data-number": name }, String(text))));
   }
 
+  /** A table; a cell is a text, or a number {name, text}. */
   function table({ head, rows, title }) {
-    const row = (cells, tag) => el("tr", {}, ...cells.map((cell) => el(tag, tag === "th" ? { scope: "col" } : {}, String(cell))));
+    const row = (cells, tag) => el("tr", {}, ...cells.map((cell) => el(tag, { scope: tag === "th" ? "col" : null, "data-number": cell.name }, String(cell.text ?? cell))));
     return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": title ?? "table" }, el("table", {}, el("thead", {}, row(head, "th")), el("tbody", {}, ...rows.map((cells) => row(cells, "td")))));
   }
 
@@ -301,5 +309,5 @@ window.Book = (() => {
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start);
   else start();
 
-  return { base, data, formulas, widgets, define: (name, widget) => { widgets[name] = widget; }, el, svg, icon, load, begin, controls, transport, keys, figures, table, readAddress, writeAddress, mount };
+  return { base, data, formulas, widgets, define: (name, widget) => { widgets[name] = widget; }, el, svg, icon, load, begin, controls, transport, keys, nice, figures, table, readAddress, writeAddress, mount };
 })();
