@@ -236,6 +236,8 @@ def test_groups_of_one_colour(page):
         named = ", ".join(f'"{axis}"' for axis in axes)
         assert shapes["title"]["text"] == f"group({named})"
         colours = [shapes[f"rank {rank}"]["fill"] for rank in range(16)]
+        letters = [shapes[f"rank {rank}"]["text"].split()[-1] for rank in range(16)]
+        assert [*map(colours.index, colours)] == [*map(letters.index, letters)]
         for rank, colour in enumerate(colours):
             same = [other for other, its in enumerate(colours) if its == colour]
             _, groups = mesh_of(rank, dict.fromkeys(AXES, 2))

@@ -106,7 +106,7 @@
     const place = placeOf(rank, sizes);
     if (!axes.length) return `Rank ${rank} stands at ${placeWords(place, AXES)}. It is in one group along each axis. In a group only one of these numbers changes.`;
     const mine = group(rank, axes, sizes), count = product(sizes) / mine.length;
-    const other = count === 1 ? "All ranks are one group." : count <= 8 ? "Ranks of one colour are a group." : `There are ${count} groups along these axes.`;
+    const other = count === 1 ? "All ranks are one group." : count <= 8 ? "Ranks of one colour and letter are a group." : `There are ${count} groups along these axes.`;
     return `${other} That of rank ${rank} has ${list(mine)}. ${WHY[axes.join(" ")]}`;
   }
 
@@ -166,12 +166,14 @@
     const all = Array.from({ length: product(sizes) }, (_, rank) => ({ fill: "quiet", text: rank }));
     if (axes.length) {
       // The own group has the colour of its axis; the others, if they are few, have the rest.
-      const every = groups(axes, sizes), colour = COLOURS[axes.at(-1)];
+      // Their letters say the same to those who see no colours.
+      const every = groups(axes, sizes), few = every.length <= 8, colour = COLOURS[axes.at(-1)];
       const rest = Array.from({ length: 8 }, (_, i) => `rank-${i}`).filter((name) => name !== colour);
-      for (const ranks of every) {
-        const fill = ranks.includes(own) ? colour : every.length <= 8 ? rest.shift() : "quiet";
-        for (const rank of ranks) all[rank].fill = fill;
-      }
+      every.forEach((ranks, i) => {
+        const mine = ranks.includes(own);
+        if (few || mine) for (const rank of ranks) all[rank] = { fill: mine ? colour : rest[0], text: `${rank}\n${few ? "ABCDEFGH"[i] : "own"}` };
+        if (!mine) rest.shift();
+      });
       Object.assign(all[own], { stroke: "ink", thick: 4 });
     } else {
       for (const axis of AXES) for (const rank of group(own, [axis], sizes)) all[rank] = { fill: COLOURS[axis], text: `${rank}\n${axis}` };
