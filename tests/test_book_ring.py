@@ -188,7 +188,7 @@ def test_controls(page):
     assert "Rank 2 computes with its own block" in ring.locator(".caption").inner_text()
     ring.get_by_label("speed").select_option("4")
     ring.get_by_label("play", exact=True).last.click()
-    page.wait_for_function("!location.hash.endsWith('step=0')", timeout=5_000)
+    page.wait_for_function("document.querySelector('#ring .place').value != '1 / 7'", timeout=5_000)
 
 
 def test_narrow(site, chromium):

@@ -176,7 +176,7 @@ window.Book = (() => {
       show();
     }
     function tick(now) {
-      time += ((now - before) / 1000) * (speed / seconds(Math.floor(time)));
+      time += (Math.max(0, now - before) / 1000) * (speed / seconds(Math.floor(time)));
       before = now;
       if (time >= steps - 1) { go(steps - 1); return; }
       running = requestAnimationFrame(tick);
