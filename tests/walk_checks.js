@@ -65,7 +65,7 @@ const checks = (() => {
   function hidden(name) {
     const view = make(name), found = [];
     for (let step = 0; step < view.steps; step++)
-      for (const share of [...view.changes(step).filter((_, turn) => turn % 4 === 0), 1]) {
+      for (const share of [...view.changes(step).filter((_, turn) => turn % 6 === 0), 1]) {
         view.seek(step + share);
         const pane = view.node.querySelector(".walk-pane").getBoundingClientRect();
         const isIn = (line) => line.getBoundingClientRect().top > pane.top - 1 && line.getBoundingClientRect().bottom < pane.bottom + 1;
