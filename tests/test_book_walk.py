@@ -303,6 +303,7 @@ def test_accessible(player):
     walk.get_by_role("button", name="Items").click()
     for scheme, rules in (("default", {}), ("slate", {"runOnly": ["color-contrast"]})):
         page.evaluate("scheme => { document.body.dataset.mdColorScheme = scheme; }", scheme)
+        page.evaluate("document.getAnimations().forEach((one) => one.finish())")
         how = {"preload": False, "resultTypes": ["violations"], **rules}
         found = Axe().run(page, context="#walk", options=how).response["violations"]
         assert [v["id"] for v in found if v["impact"] in ("serious", "critical")] == [], scheme
