@@ -170,6 +170,7 @@ def data_name(page):
     return f"walk_{lessons.step_number(page.parent)}_{page.stem}"
 
 
+@functools.cache
 def pages():
     """All pages with items."""
     found = (page for step in lessons.steps() for page in lessons.pages(step))

@@ -2,8 +2,8 @@
 "use strict";
 
 const checks = (() => {
-  function make(name) {
-    const view = Book.walk.view(Book.data[name], { width: 1280, height: 600, font: 13 });
+  function make(name, height = 600) {
+    const view = Book.walk.view(Book.data[name], { width: 1280, height, font: 13 });
     document.body.replaceChildren(view.node);
     return view;
   }
@@ -65,7 +65,7 @@ const checks = (() => {
   function hidden(name) {
     const view = make(name), found = [];
     for (let step = 0; step < view.steps; step++)
-      for (const share of [...view.changes(step).filter((_, turn) => turn % 4 === 0), 1]) {
+      for (const share of [...view.changes(step).filter((_, turn) => turn % 6 === 0), 1]) {
         view.seek(step + share);
         const pane = view.node.querySelector(".walk-pane").getBoundingClientRect();
         const isIn = (line) => line.getBoundingClientRect().top > pane.top - 1 && line.getBoundingClientRect().bottom < pane.bottom + 1;
@@ -76,5 +76,14 @@ const checks = (() => {
     return found;
   }
 
-  return { states, atRest, pictures, wrongPictures, hidden };
+  /** How far a long explanation has moved when its item begins, shortly before it ends, and then. */
+  function ways(name, step, height) {
+    const view = make(name, height), words = view.node.querySelector(".walk-words");
+    return [view.changes(step)[0], view.changes(step).at(-1), 1].map((share) => {
+      view.seek(step + share);
+      return Math.round(words.scrollTop) / Math.round(words.scrollHeight - words.clientHeight);
+    });
+  }
+
+  return { states, atRest, pictures, wrongPictures, hidden, ways };
 })();

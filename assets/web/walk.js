@@ -139,10 +139,11 @@ Book.walk = (() => {
     const steps = data.items.length, scores = [];
     const scoreOf = (step) => (scores[step] ??= score(data, step));
     const row = Math.round(font * 1.55), bar = Math.round(font * 2.8), rows = Math.floor((height - bar) / row);
+    const columns = Math.round(font * 64.6 + 20); // pixels of 100 columns, numbers and signs before them
     const tabs = el("div", { class: "walk-tabs", role: "group", "aria-label": "files" });
     const code = el("code", { class: "highlight" }), pane = el("div", { class: "walk-pane", role: "region", tabindex: 0 }, code);
     const head = el("div", { "aria-live": "polite" }), told = el("div"), words = el("div", { class: "walk-words" }, head, told);
-    const node = el("div", { class: `walk-view ${caption}`, style: `--walk-font: ${font}px; --walk-row: ${row}px; --walk-bar: ${bar}px; --walk-height: ${height}px` },
+    const node = el("div", { class: `walk-view ${caption}`, style: `--walk-font: ${font}px; --walk-row: ${row}px; --walk-bar: ${bar}px; --walk-height: ${height}px; --walk-columns: ${columns}px` },
       el("div", { class: "walk-code" }, tabs, pane), caption === "none" ? null : words);
     let drawn = "", said = null, now = null;
 
@@ -215,10 +216,10 @@ Book.walk = (() => {
 
     /** A block of code in the explanation gets smaller letters where its lines are long. */
     function fit(block) {
-      const columns = Math.max(...block.textContent.split("\n").map((line) => line.length));
-      const free = (caption === "beside" ? width - (60.2 * font + 76) : width) - 70;
-      block.style.fontSize = `${Math.max(11, Math.min(font * 0.95, free / columns / 0.605))}px`;
-      block.tabIndex = 0; // it may have to be scrolled
+      const letters = Math.max(...block.textContent.split("\n").map((line) => line.length));
+      const free = (caption === "beside" ? width - columns : width) - 70, least = font < 16 ? 11 : 9; // a film can't scroll
+      block.style.fontSize = `${Math.max(least, Math.min(font * 0.95, free / letters / 0.605))}px`;
+      block.tabIndex = 0;
     }
 
     /** Show a file, or a shot's lines in it, until the next `seek` that changes the picture. */
@@ -339,7 +340,7 @@ Book.define("walk", {
 
     function renew() {
       const width = stage.clientWidth, free = innerHeight - stage.getBoundingClientRect().top;
-      const font = Math.min(filled && width > 1700 ? 16 : 13, Math.max(12, Math.floor((width - 60) / 30.1) / 2));
+      const font = Math.min(filled && width > 1700 ? 16 : 13, Math.max(12, Math.floor((width - 20) / 32.3) / 2));
       const height = filled ? (width < Book.walk.WIDE ? 0.55 : 1) * free : Math.min(460, 0.7 * innerHeight);
       view = Book.walk.view(data, { width, height: Math.round(height), font });
       stage.replaceChildren(view.node);
