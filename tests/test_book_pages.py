@@ -13,7 +13,7 @@ LESSON = "step4_tensor_parallel/index.html"
 CHANGES = "step4_tensor_parallel/changes.html"
 SOURCE = "step4_tensor_parallel/files/tensor_parallel.py.html"
 KINDS = ["index.html", LESSON, CHANGES, SOURCE, "step4_tensor_parallel/files.html",
-         "step3_dataloader/COSTS.html", "GLOSSARY.html", "tests/RESULTS.html"]  # fmt: skip
+         "step3_dataloader/COSTS.html"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +146,11 @@ def test_the_lists_of_a_narrow_page_by_keyboard(shown):
 @pytest.mark.parametrize("place", ["disk", "server"])
 def test_a_word_is_found(site, server, shown, place):
     page = shown(LESSON, base=server if place == "server" else f"file://{site}")
-    page.keyboard.press("Control+k")
-    page.get_by_role("textbox", name="Search").or_(page.get_by_placeholder("Search")).wait_for()
+    for _ in range(20):  # the theme hears keys a moment after the page is there
+        page.keyboard.press("Control+k")
+        page.wait_for_timeout(100)
+        if page.get_by_placeholder("Search").is_visible():
+            break
     page.keyboard.type("deadlock")
     page.locator("a[href*='GLOSSARY.html?h=deadlock#deadlock']").wait_for()
     page.keyboard.press("Enter")
