@@ -109,6 +109,16 @@ def widget(name, options):
     return f'<div id="{name}" data-widget="{name}" data-options="{html.escape(given)}"></div>'
 
 
+def code_inline(renderer, tokens, index, options, env):
+    """Code in a line: a browser would break a flag behind its hyphens."""
+    words = html.escape(tokens[index].content, quote=False).split(" ")
+    whole = [
+        f'<span class="whole">{word}</span>' if "-" in word and len(word) <= 32 else word
+        for word in words
+    ]
+    return f"<code>{' '.join(whole)}</code>"
+
+
 def fence(renderer, tokens, index, options, env):
     language = tokens[index].info.split() or [""]
     return code_block(tokens[index].content, language[0])
@@ -117,7 +127,8 @@ def fence(renderer, tokens, index, options, env):
 PARSER = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
 for kind, rule in {
     "heading_close": heading_end, "table_open": table_start, "table_close": table_end,
-    "html_block": comments, "html_inline": comments, "fence": fence, "code_block": fence,
+    "html_block": comments, "html_inline": comments, "code_inline": code_inline, "fence": fence,
+    "code_block": fence,
 }.items():  # fmt: skip
     PARSER.add_render_rule(kind, rule)
 

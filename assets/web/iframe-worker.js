@@ -1,6 +1,6 @@
 /* Search on pages that are opened from disk. A browser starts no worker there, so the search runs
-   in a hidden frame: the same script, another window. It does so from the first key or press on,
-   as a page that is only read needs no search. On a server the real Worker stays. */
+   in a hidden frame: the same script, another window. It is made when a reader opens the search, as
+   a page that is only read needs none. On a server the real Worker stays. */
 "use strict";
 
 if (location.protocol === "file:") {
@@ -8,11 +8,12 @@ if (location.protocol === "file:") {
     constructor(address) {
       this.address = new URL(address, location.href);
       this.waiting = [];
-      const start = () => {
-        ["keydown", "pointerdown"].forEach((kind) => document.removeEventListener(kind, start, true));
+      const asked = (event) => {
+        if (event.key ? !"kfs/".includes(event.key) : !event.target.closest(".md-search, [for=__search]")) return;
+        ["keydown", "click"].forEach((kind) => document.removeEventListener(kind, asked, true));
         if (!this.ended) this.start();
       };
-      ["keydown", "pointerdown"].forEach((kind) => document.addEventListener(kind, start, true));
+      ["keydown", "click"].forEach((kind) => document.addEventListener(kind, asked, true));
     }
 
     start() {
