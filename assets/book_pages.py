@@ -18,6 +18,7 @@ import lessons  # noqa: E402
 from book_markdown import Document  # noqa: E402
 
 WEB = ROOT / "assets" / "web"
+PICTURES = {".png", ".gif"}
 REFERENCE = ["GLOSSARY.md", "COMING_FROM.md", "tests/README.md", "tests/COACH.md",
              "tests/RESULTS.md", "assets/BOOK.md"]  # fmt: skip
 
@@ -70,7 +71,7 @@ def markdown_pages():
 
 def text_of(page):
     """A page with the code of today, not with what was put there once."""
-    if page not in markdown_pages() or page.parent not in lessons.steps():
+    if page.parent not in lessons.steps():
         return page.read_text()
     for directive in lessons.DIRECTIVE.finditer(page.read_text()):
         try:
@@ -100,13 +101,11 @@ class Pages:
             return self.place_of_markdown(path)
         if path.name in ("changes", "files") and path.parent in lessons.steps():
             return f"{name}.html"
-        if path.suffix == ".png":
-            self.pictures.add(path)
+        if path.suffix in PICTURES:
             return name
         if not path.is_file():
             return None
         path = book_code.home(path)
-        self.sources.add(path)
         folder = path.parent.relative_to(ROOT)
         return (PurePosixPath(folder) / "files" / f"{path.name}.html").as_posix()
 
@@ -128,6 +127,10 @@ class Pages:
         place = self.place(path)
         if place is None:
             return None
+        if path.suffix in PICTURES:
+            self.pictures.add(path)
+        elif path not in self.documents:
+            self.sources.add(book_code.home(path))
         if part and not self.has(path, part):
             self.wrong(page, line, link, f"has no #{part}")
         there = relative(place, self.place(page)) if name else ""
@@ -200,14 +203,16 @@ def relative(there, here):
 
 
 def size_of(picture):
-    """The width and height of a PNG, so that a page does not jump when it comes."""
-    width, height = struct.unpack(">II", picture.read_bytes()[16:24])
-    return {"width": width, "height": height}
+    """The width and height of a PNG or a GIF, so that a page does not jump when it comes."""
+    head = picture.read_bytes()[:24]
+    form, part = (">II", head[16:24]) if picture.suffix == ".png" else ("<HH", head[6:10])
+    return dict(zip(("width", "height"), struct.unpack(form, part), strict=True))
 
 
 def finish(site):
     """What the generator leaves to be done."""
     (site / "404.html").unlink()  # its links hold at one address only
+    shutil.rmtree(site / "assets" / "stylesheets" / "classic")  # another look, which no page has
     for page in site.rglob("*.html"):
         page.write_text(slim(page.read_text()))
 

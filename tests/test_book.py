@@ -146,7 +146,7 @@ def test_headings_have_the_anchors_that_github_gives_them():
 
 @pytest.mark.parametrize("language", ["python", "bash", "diff", "json", "", "unknown"])
 def test_colours_change_no_letter_of_code(language):
-    text = 'def f(a):\n    """x\n\n    y"""\n    return a < 1 & 2\n\n\n'
+    text = 'def f(a):\n    """x\n\n    y"""\n    return a<b>c & "&lt;"\n\n\n'
     lines = coloured(text, language)
     assert len(lines) == 7
     assert "".join(Read(f"<pre>{''.join(lines)}</pre>").of("pre")[0][1]) == text
@@ -208,6 +208,7 @@ def test_the_hunks_of_the_items_make_the_step_from_the_one_before(step):
         made, at = [], 1
         mine = [hunk for _, name, hunk in hunks if name == file]
         for hunk in sorted(mine, key=lambda h: (h.new.start, h.old.start, h.old.stop, h.new.stop)):
+            assert hunk.old.start >= at, (file, hunk)
             made += old[at - 1 : hunk.old.start - 1] + [new[n - 1] for n in hunk.new]
             at = hunk.old.stop
         assert made + old[at - 1 :] == new, file

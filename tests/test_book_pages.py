@@ -244,14 +244,18 @@ def test_before_and_after_stand_side_by_side_or_one_below_the_other(shown):
 
 
 def test_paper_has_no_navigation_and_nothing_folded(shown):
-    page = shown("step2_process_group/index.html")
-    assert page.locator(".still").first.is_hidden()
+    page = shown("step2_process_group/index.html", scheme="dark")
+    scheme = "document.body.dataset.mdColorScheme"
+    assert page.evaluate(scheme) == "slate" and page.locator(".still").first.is_hidden()
     page.emulate_media(media="print")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate(scheme) == "default"
     assert page.locator("details:not([open])").count() == 0
     for away in (".md-header", ".md-sidebar--primary", ".widget", ".md-footer"):
         assert page.locator(away).first.is_hidden(), away
     assert page.locator(".still").first.is_visible()
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate(scheme) == "slate"
 
 
 def test_without_scripts_there_are_pictures(shown):

@@ -1,5 +1,5 @@
-/* What the book's pages do themselves: lines that the address names are lit, folds open when it
-   leads into them, and what scrolls sideways can be reached by keyboard. */
+/* What the book's pages do themselves: lines that the address names are lit, all folds open at once,
+   and all can be reached by keyboard. (The theme opens a fold that the address leads into.) */
 "use strict";
 
 (() => {
@@ -27,15 +27,6 @@
     const top = scrollY;
     light();
     scrollTo(0, top);
-  }
-
-  /** Open the folds around what the address names. */
-  function unfold() {
-    const there = document.getElementById(anchor());
-    const folds = [];
-    for (let node = there; node; node = node.parentElement) if (node.tagName === "DETAILS" && !node.open) folds.push(node);
-    folds.forEach((fold) => { fold.open = true; });
-    if (folds.length) there.scrollIntoView();
   }
 
   /** A button that opens all folds of the page, and closes them. */
@@ -74,17 +65,24 @@
     }
   }
 
+  /** Paper is light, whatever the screen is. */
+  function paper() {
+    const look = document.body.dataset;
+    let own = look.mdColorScheme;
+    addEventListener("beforeprint", () => { own = look.mdColorScheme; look.mdColorScheme = "default"; });
+    addEventListener("afterprint", () => { look.mdColorScheme = own; });
+  }
+
   function begin() {
     press();
+    paper();
     document.querySelectorAll("button.open-all").forEach(openAll);
     document.querySelector(".source")?.addEventListener("click", number);
     light();
-    unfold();
     reach();
-    addEventListener("hashchange", () => { light(); unfold(); });
+    addEventListener("hashchange", light);
     addEventListener("resize", () => reach());
     document.addEventListener("toggle", (event) => reach(event.target), true);
-    addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((fold) => { fold.open = true; }));
   }
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", begin);
   else begin();
