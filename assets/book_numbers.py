@@ -13,8 +13,10 @@ import numbers_collectives  # noqa: E402
 import numbers_mesh  # noqa: E402
 import numbers_mistakes  # noqa: E402
 import numbers_pipelines  # noqa: E402
+import numbers_planner  # noqa: E402
 import numbers_ring  # noqa: E402
 import numbers_tensor_parallel  # noqa: E402
+import numbers_zero  # noqa: E402
 
 DATA = {
     **book_walk.DATA,
@@ -22,6 +24,8 @@ DATA = {
     "mesh": numbers_mesh.mesh,
     "mistakes": numbers_mistakes.mistakes,
     "pipelines": numbers_pipelines.pipelines,
+    "planner": numbers_planner.numbers,
     "ring": numbers_ring.rings,
     "tensor_parallel": numbers_tensor_parallel.blocks,
+    "zero": numbers_zero.numbers,
 }

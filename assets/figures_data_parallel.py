@@ -4,7 +4,8 @@ import itertools
 
 from drawing import COLOURS, EDGE, arrow, block, box, canvas, pale
 from matplotlib.patches import Rectangle
-from recorded import record, zero3_in_a_step
+from recorded import record
+from recorded_engines import zero3_in_a_step
 
 FOUR_LAYERS = (
     "--device cpu --dp_size 2 --dp_engine zero3 --num_hidden_layers 4 --dataset_name random "

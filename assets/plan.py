@@ -47,6 +47,11 @@ def parse_args(argv):
     return args
 
 
+def ring_share(collective, ranks):
+    """Which share of a collective's bytes, as the ledger counts them, a rank sends in a ring."""
+    return {"send": 1, "all_reduce": 2 - 2 / ranks}.get(collective, 1 - 1 / ranks)  # step 2
+
+
 class Stage:
     """A rank of one pipeline stage. Sizes are its own shares: of tp the largest, of cp a part."""
 
@@ -153,11 +158,9 @@ class Stage:
         ends = [("all_reduce", tied * 4 * self.h * self.vocab / (n if self.zero else 1))]
         groups = {"tp": (tp, a.tp_size), "cp": (cp, a.cp_size), "dp_cp": (dp, n),
                   "pp": (pp, a.pp_size), "ends": (ends, min(2, a.pp_size))}  # fmt: skip
-        # Step 2: a ring of n sends (n - 1) / n of that, of an all-reduce twice as much.
         for axis, (rows, ranks) in groups.items():
-            shares = {"send": 1, "all_reduce": 2 - 2 / ranks}
             for kind, count in rows if ranks > 1 else []:
-                yield axis, kind, count, count * shares.get(kind, 1 - 1 / ranks)
+                yield axis, kind, count, count * ring_share(kind, ranks)
 
     def flops(self):
         """Of this rank in a step, as in step 1: 6 for each weight and token, and attention."""

@@ -71,64 +71,6 @@ def backward_round_the_ring():
     return steps
 
 
-def bucket_name(bucket):
-    """What zero3 gathers together: "layer 0", "norms", "embedding" or "head"."""
-    name = bucket.parameters[0].global_name
-    outside = {"model.embed_tokens.weight": "embedding", "lm_head.weight": "head"}
-    if bucket.parameters[0].dim() < 2:
-        return "norms"
-    return outside.get(name) or f"layer {name.split('.')[2]}"
-
-
-def zero3_in_a_step(argv):
-    """One training step of step 6 with --dp_engine zero3: its events on this rank, in order.
-
-    Returns a list of (what, name of a bucket, {name: bytes of its whole weights that are here}).
-    what: "gather" begins, "drop", or a layer's "forward" or "backward" "begins" or "ends".
-    """
-    import train
-    from zero import Zero3
-
-    events, state = [], None
-
-    def note(what, bucket):
-        if state is not None:
-            held = {bucket_name(b): b.weights.untyped_storage().nbytes() for b in engine.buckets}
-            events.append((what, bucket_name(bucket), {k: v for k, v in held.items() if v}))
-
-    def noted(method, before=None, after=None):
-        original = getattr(Zero3, method)
-
-        def instead(self, bucket, *args):
-            if before and bucket.weights.untyped_storage().nbytes():
-                note(before, bucket)
-            result = original(self, bucket, *args)
-            if after:
-                note(after, bucket)
-            return result
-
-        return patch.object(Zero3, method, instead)
-
-    def drop(self, bucket, original=Zero3.drop):
-        was_here = bucket.weights.untyped_storage().nbytes()
-        original(self, bucket)
-        if was_here:
-            note("drop", bucket)
-
-    with (
-        noted("gather", after="gather"),
-        patch.object(Zero3, "drop", drop),
-        noted("before_forward", after="forward begins"),
-        noted("after_forward", before="forward ends"),
-        noted("before_backward", after="backward begins"),
-        noted("reduce", before="backward ends"),
-    ):
-        ready = train.setup(train.parse_args(argv.split()))
-        engine, state = ready.engine, ready
-        train.train_step(state)
-    return events
-
-
 def ticks_of(ranks, chunks, count):
     """Step 9's plan of interleaved 1F1B: of each tick what each rank does, (kind, chunk, micro)."""
     from interleaved import plan

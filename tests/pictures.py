@@ -140,7 +140,7 @@ def ring(own):
 
 
 def zero3(own):
-    from recorded import zero3_in_a_step
+    from recorded_engines import zero3_in_a_step
 
     events = run(own, 2, zero3_in_a_step, FOUR_LAYERS)[0]
     most = max(sum(held.values()) for _, _, held in events)

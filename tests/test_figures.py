@@ -11,6 +11,7 @@ import figures_data_parallel  # noqa: E402
 import figures_pipeline  # noqa: E402
 import figures_ring  # noqa: E402
 import recorded  # noqa: E402
+import recorded_engines  # noqa: E402
 
 
 def labels(figure):
@@ -65,7 +66,7 @@ def test_the_figure_of_the_ring_has_the_blocks_of_the_run():
 @pytest.mark.parametrize("layers", [2, 4])
 def test_the_weights_of_zero3(layers):
     flags = figures_data_parallel.FOUR_LAYERS.replace("layers 4", f"layers {layers}")
-    run = recorded.record("step6_data_parallel", 2, recorded.zero3_in_a_step, flags)
+    run = recorded.record("step6_data_parallel", 2, recorded_engines.zero3_in_a_step, flags)
     assert run[0] == run[1]
     events, last = run[0], f"layer {layers - 1}"
     whole = [{name for name in held if name.startswith("layer")} for *_, held in events]
@@ -87,7 +88,10 @@ def test_the_weights_of_zero3(layers):
 
 def test_the_figure_of_zero3_has_the_curve_of_the_run():
     run = recorded.record(
-        "step6_data_parallel", 2, recorded.zero3_in_a_step, figures_data_parallel.FOUR_LAYERS
+        "step6_data_parallel",
+        2,
+        recorded_engines.zero3_in_a_step,
+        figures_data_parallel.FOUR_LAYERS,
     )
     held = [sum(held.values()) for *_, held in run[0]]
     curve = max(

@@ -1,6 +1,5 @@
 """The arithmetic of `assets/plan.py` against a run: what is sent, held, and kept for backward."""
 
-import importlib.util
 import sys
 from collections import Counter
 
@@ -11,6 +10,9 @@ import workers_setup
 import workers_sharding
 from conftest import ROOT
 from launch import ranks_of
+
+sys.path.append(str(ROOT / "assets"))
+import numbers_planner  # noqa: E402
 
 SHAPE = (
     "--model_name debug --num_hidden_layers 5 --hidden_size 128 --intermediate_size 352 "
@@ -35,15 +37,7 @@ LAYOUTS = [
 
 @pytest.fixture(scope="module")
 def plan():
-    path, modules = list(sys.path), set(sys.modules)
-    spec = importlib.util.spec_from_file_location("plan", ROOT / "assets" / "plan.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path[:] = path  # the ranks of other tests inherit it, and find other steps
-    for name in set(sys.modules) - modules:
-        if (ROOT / "step9_4d" / f"{name}.py").exists():
-            del sys.modules[name]
-    return module
+    return numbers_planner.load("plan")
 
 
 def kept_of(argv):
