@@ -230,7 +230,7 @@ def test_a_recorded_run_on_a_narrow_screen(site, chromium):
         widget = browser.ready(page, "#pipelines")
         assert browser.number(widget, "idle_below") == percent(idle_share(run["rows"]))
         all_ends = [end for row in run["rows"] for *_, end in row]
-        assert browser.number(widget, "time_below") == f"{max(all_ends):.0f} ms"
+        assert browser.number(widget, "time_below") == f"{max(all_ends):,.0f} ms"
         caption = widget.locator(".caption").inner_text()
         forward = sum(end - start for row in run["rows"] for kind, start, end in row if kind == "F")
         unit = forward / (run["ranks"] * run["micro_batches"])

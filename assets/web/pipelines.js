@@ -274,7 +274,7 @@
     return [
       { name: "idle", label: "idle", text: percent(panel.share) },
       { name: "formula", label: v > 1 ? "(p − 1) / (v m + p − 1)" : "(p − 1) / (m + p − 1)", text: by },
-      { name: "time", label: "length of the step", text: panel.run ? `${(panel.time * panel.unit).toFixed(0)} ms` : rounded(panel.time) },
+      { name: "time", label: "length of the step", text: panel.run ? `${Math.round(panel.time * panel.unit).toLocaleString("en")} ms` : rounded(panel.time) },
       { name: "alive", label: "alive at most", text: rounded(Math.max(...panel.most)) },
     ].map((number) => ({ ...number, name: below ? `${number.name}_below` : number.name }));
   }
