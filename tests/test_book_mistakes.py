@@ -1,5 +1,6 @@
 """The widget of mistakes: curves of real runs, and what is said of them."""
 
+import itertools
 import json
 import sys
 
@@ -86,6 +87,15 @@ def shows(widget, name):
     pair("apart", 0)
     assert browser.number(widget, "off") == f"{run['off']} of {run['tensors']}"
     assert widget.locator('[data-number="moved"]').count() == (run["ranks"] == 1)
+
+
+def test_each_shape_has_its_place(site, chromium):
+    states = [{"mistake": name} for name in mistakes.MISTAKES]
+    with browser.opened(chromium, f"file://{site}/{PAGE}#mistakes?step=0") as (page, _):
+        browser.ready(page, "#mistakes")
+        assert browser.faults(page, "mistakes", states) == []
+        for state, width in itertools.product(states, (760, 360)):
+            assert browser.misplaced(page, "mistakes", state, width) == []
 
 
 @pytest.mark.parametrize("size", browser.SIZES)

@@ -4,16 +4,13 @@ import itertools
 import json
 import random
 import re
-import sys
 
 import browser
+import numpy as np
 import pytest
 import virtual_clock
 from conftest import ROOT
 from harness import World
-
-sys.path.append(str(ROOT / "assets"))
-import timeline  # noqa: E402
 
 pytestmark = pytest.mark.browser
 PAGES = {
@@ -70,25 +67,28 @@ def most_alive(row, chunks):
 
 
 def idle_share(rows):
-    """What the script that draws a trace says of it."""
-    return timeline.idle_share([[(kind, *pass_[-2:]) for kind, *pass_ in row] for row in rows])
+    """The share of a step, to its last pass, in which ranks compute nothing."""
+    spans = [pass_[-2:] for row in rows for pass_ in row]
+    whole = max(end for _, end in spans) * len(rows)
+    return 1 - sum(end - start for start, end in spans) / whole
+
+
+def summaries(page, inputs):
+    """What the widget computes of each case; as one text, as there are many numbers."""
+    summary = "(given) => Book.formulas.pipelines.summary(...given)"
+    return json.loads(page.evaluate(f"(inputs) => JSON.stringify(inputs.map({summary}))", inputs))
 
 
 def test_times_are_those_of_the_code(script, by_the_code):
     inputs = [*cases(1, 500)]
     assert {case[0] for case in inputs} == set(PAGES)
-    found = browser.answers(script, "Book.formulas.pipelines.times", inputs)
-    alive = browser.answers(script, "Book.formulas.pipelines.alive", inputs)
-    idle = browser.answers(script, "Book.formulas.pipelines.idle", inputs)
-    for case, (rows, chunks), times, most, time_and_share in zip(
-        inputs, by_the_code(inputs), found, alive, idle, strict=True
-    ):
-        for row, mine in zip(rows, times, strict=True):
-            both = [time for *_, start, end in row for time in (start, end)]
-            assert mine == pytest.approx(both, rel=1e-9, abs=1e-9), case
-        assert most == pytest.approx([most_alive(row, chunks) for row in rows], rel=1e-9), case
-        assert time_and_share["time"] == pytest.approx(max(r[-1][-1] for r in rows), rel=1e-9)
-        assert time_and_share["share"] == pytest.approx(idle_share(rows), abs=1e-9), case
+    found = summaries(script, inputs)
+    for case, (rows, chunks), said in zip(inputs, by_the_code(inputs), found, strict=True):
+        by_rank = [[time for *_, start, end in row for time in (start, end)] for row in rows]
+        most, share = [most_alive(row, chunks) for row in rows], idle_share(rows)
+        right = [*itertools.chain(*by_rank), *most, max(map(max, by_rank)), share]
+        mine = [*itertools.chain(*said["times"]), *said["most"], said["time"], said["share"]]
+        np.testing.assert_allclose(mine, right, rtol=1e-9, atol=1e-9, err_msg=str(case))
 
 
 def test_the_bubble_where_the_formula_holds(script):
@@ -108,7 +108,7 @@ def test_the_bubble_where_the_formula_holds(script):
         [*size, min(ratio, 2) if size[0] == "interleaved" else ratio, 0, 0]
         for size, ratio in zip(sizes, ratios, strict=False)
     ]
-    found = browser.answers(script, "Book.formulas.pipelines.idle", inputs)
+    found = summaries(script, inputs)
     said = browser.answers(script, "Book.formulas.pipelines.bubble", sizes)
     for (engine, p, m, v), idle, bubble in zip(sizes, found, said, strict=True):
         passes = (v if engine == "interleaved" else 1) * m
@@ -117,7 +117,7 @@ def test_the_bubble_where_the_formula_holds(script):
 
 
 def percent(share):
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.1f}\u00a0%"
 
 
 def pieces(widget, panel):
@@ -134,9 +134,9 @@ def test_each_lesson_has_its_schedule(site, chromium, engine):
         chosen = [widget.locator(f"#pipelines-{name}").input_value() for name in ("above", "below")]
         before = {"afab": [], "1f1b": ["afab"], "interleaved": ["1f1b"]}[engine]
         assert chosen == [*before, engine, "nothing"][:2]
-        assert "3 / 11 = 27.3 %" in browser.number(widget, "formula")
+        assert f"3 / 11 = {percent(3 / 11)}" in browser.number(widget, "formula")
         if engine == "interleaved":
-            assert browser.number(widget, "formula_below") == "3 / 19 = 15.8 %"
+            assert browser.number(widget, "formula_below") == f"3 / 19 = {percent(3 / 19)}"
             assert browser.number(widget, "alive_below") == "5.5"  # (1 * 4 + 2 * 3 + 1) / 2
         assert problems == []
 
@@ -172,8 +172,7 @@ def test_controls_numbers_and_address(site, chromium, by_the_code):
         shows("interleaved", 4, 8, 4, 1.75, 0.2, 0.2)
         slider = control("p")
         slider.click(position={"x": 1, "y": 8})
-        assert slider.input_value() == "1"
-        slider.press("ArrowRight")
+        assert slider.input_value() == "2"  # one rank interleaves nothing
         widget.get_by_label("one moment on").click()
         assert "step=1" in page.url and "above=interleaved" in page.url and "v=4" in page.url
         page.keyboard.press("ArrowRight")
@@ -186,6 +185,26 @@ def test_controls_numbers_and_address(site, chromium, by_the_code):
         assert widget.locator(".place").inner_text().startswith("3 /")
         shows("interleaved", 2, 8, 4, 1.75, 0.2, 0.2)
         assert problems == []
+
+
+STATES = [
+    {"above": "1f1b", "below": "afab"},
+    {"above": "interleaved", "below": "1f1b", "v": 4, "p": 8, "m": 16},
+    {"above": "interleaved", "below": "nothing", "message": 0.35, "head": 0.3},
+    {"above": "afab", "below": "nothing", "p": 1, "m": 1},
+    {"above": "1f1b", "below": "1f1b_2ranks_2cores", "p": 2},
+]
+
+
+def test_each_shape_has_its_place(site, chromium):
+    usual = {"p": 4, "m": 8, "v": 2, "ratio": 2, "message": 0, "head": 0}
+    states = [usual | state for state in STATES]
+    with browser.opened(chromium, f"file://{site}/{PAGES['afab']}#pipelines?p=2") as (page, _):
+        browser.ready(page, "#pipelines")
+        assert browser.faults(page, "pipelines", states) == []
+        for state, width in itertools.product(states, (760, 360)):
+            if state["p"] < 8:  # a look at each moment of many passes takes long
+                assert browser.misplaced(page, "pipelines", state, width) == []
 
 
 RUNS = sorted((ROOT / "assets").glob("timeline_*.json"))
@@ -211,8 +230,11 @@ def test_a_recorded_run_on_a_narrow_screen(site, chromium):
         widget = browser.ready(page, "#pipelines")
         assert browser.number(widget, "idle_below") == percent(idle_share(run["rows"]))
         all_ends = [end for row in run["rows"] for *_, end in row]
-        assert browser.number(widget, "time_below") == f"{max(all_ends):.0f} ms"
-        assert run["machine"] in widget.locator(".caption").inner_text()
+        assert browser.number(widget, "time_below") == f"{max(all_ends):,.0f} ms"
+        caption = widget.locator(".caption").inner_text()
+        forward = sum(end - start for row in run["rows"] for kind, start, end in row if kind == "F")
+        unit = forward / (run["ranks"] * run["micro_batches"])
+        assert run["machine"] in caption and f"1 on the axis is {unit:.1f} ms" in caption
         assert len(pieces(widget, "below")) == sum(map(len, run["rows"]))
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         assert problems == []

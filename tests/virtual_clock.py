@@ -5,10 +5,14 @@ on. A message has come a while after both ranks have posted it, and who waits fo
 to that moment.
 """
 
+import sys
 from collections import defaultdict
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
+
+sys.path.append(str(Path(__file__).parents[1] / "assets"))
 
 
 def run(engine, ranks, count, chunks, ratio, message, head):

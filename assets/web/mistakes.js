@@ -6,7 +6,7 @@
       `run` has the numbers of the recorded run. */
   const MISTAKES = {
     scale_gradients: {
-      name: "a factor on every gradient",
+      name: "a factor of 2",
       where: "Two pipeline stages, two micro-batches",
       wrong: "Nobody divides by the number of micro-batches, 2. So every gradient is twice as large as it should be.",
       loss: "Adam divides each gradient by its size, so a factor changes no update. Every loss is the right one.",
@@ -14,7 +14,7 @@
       shows: "Every tensor is off by 100 %. The gradient of one device says so in the first step.",
     },
     only_the_last_micro_batch_is_summed: {
-      name: "only the last micro-batch summed",
+      name: "last micro-batch only",
       where: "Two data-parallel ranks, two micro-batches each",
       wrong: "The ranks sum the gradients of their last micro-batch only. Those of the first one stay where they are.",
       loss: "Each rank still learns, from three of the four micro-batches. The loss falls nearly as before.",
@@ -22,7 +22,7 @@
       shows: "Compared with those of one device, all gradients are far off in the first step.",
     },
     gradients_not_summed: {
-      name: "no sum where cp > 1 and dp = 1",
+      name: "no sum under cp",
       where: "Context parallelism on two ranks",
       wrong: "Each rank has half of the tokens of each sequence. Nobody sums the gradients, because dp is 1.",
       loss: "Each rank learns from its own half, and the loss that is shown is the sum over both. It falls nearly as before.",
@@ -30,15 +30,15 @@
       shows: "Compared with those of one device, all gradients are far off in the first step. From then on the ranks have different weights.",
     },
     norm_gradients_of_own_tokens: {
-      name: "gradients of the norms not summed",
+      name: "no sum for the norms",
       where: "Two tensor-parallel ranks with sequence parallelism",
-      wrong: "Under sequence parallelism a rank's norms see half of the tokens. Nobody sums the gradients of their weights.",
+      wrong: "The norms of a rank see half of the tokens. Nobody sums the gradients of their weights.",
       loss: "Few weights are in norms, and they stay near 1. So the losses are nearly the same.",
       norm: "In the norm of all gradients those of the norms hardly count.",
       shows: "Compared tensor by tensor with one device, the gradients of the norms are far off, and all others are right.",
     },
     gradients_never_sent_home: {
-      name: "gradients that never come home",
+      name: "nothing sent home",
       where: "A ring of two ranks",
       wrong: "A rank computes gradients for the keys and values of the other one, too. It never sends them home.",
       loss: "Each rank still learns from its own keys and values. The losses are nearly the same.",
@@ -46,7 +46,7 @@
       shows: "The gradients of k_proj and v_proj in the last layer are far off, and so is all that comes before them. What comes after is right.",
     },
     positions_from_zero: {
-      name: "positions counted from zero",
+      name: "positions from zero",
       where: "A ring of two ranks",
       wrong: "Each rank counts the positions of its tokens from 0, as if they began the sequence.",
       loss: "The model is another one, but it learns as well. Here its last loss is even smaller, by a hair.",
@@ -54,7 +54,7 @@
       shows: "Compared with those of one device, all gradients are far off in the first step.",
     },
     ends_not_summed: {
-      name: "two ends of tied embeddings",
+      name: "tied ends not summed",
       where: "Two pipeline stages with tied embeddings",
       wrong: "The first and the last stage hold the same weight. Each keeps its own part of the gradient.",
       loss: "Both copies learn, each in its way, so the loss falls as before. But they are two weights now.",
@@ -62,7 +62,7 @@
       shows: "One tensor is far off, the embedding. All others are right in the first step.",
     },
     weights_in_bfloat16: {
-      name: "weights kept in bfloat16",
+      name: "bfloat16 weights",
       where: "One process",
       wrong: "Weights are rounded to bfloat16 after each update. Just below 1 its numbers are 0.004 apart, and an update moves a weight by 0.0003.",
       loss: "Small weights have finer steps and still learn. So the loss falls, a little more slowly.",

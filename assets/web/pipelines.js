@@ -91,13 +91,14 @@
   }
 
   const bubble = (engine, p, m, v) => (p - 1) / ((engine === "interleaved" ? v : 1) * m + p - 1);
-  /** Flat lists of numbers, to compare with Python's. */
-  const flat = (...given) => step(...given).rows.map((row) => row.flatMap((pass) => [pass.start, pass.end]));
-  const mostAlive = (...given) => {
+
+  /** What there is to compare with the code: starts and ends of each rank's passes, and what follows. */
+  function summary(...given) {
     const { rows, chunks } = step(...given);
-    return rows.map((row) => Math.max(...alive(row, chunks).map(([, count]) => count)));
-  };
-  Book.formulas.pipelines = { times: flat, alive: mostAlive, idle: (...given) => idle(step(...given).rows), bubble };
+    const most = rows.map((row) => Math.max(...alive(row, chunks).map(([, count]) => count)));
+    return { times: rows.map((row) => row.flatMap((pass) => [pass.start, pass.end])), most, ...idle(rows) };
+  }
+  Book.formulas.pipelines = { summary, bubble };
 
   // --- what is drawn ------------------------------------------------------------------------------
 
@@ -132,7 +133,7 @@
   }
 
   const rounded = (value) => String(Number(value.toFixed(2)));
-  const percent = (share) => `${(100 * share).toFixed(1)} %`;
+  const percent = (share) => `${(100 * share).toFixed(1)}\u00a0%`;
   /** "rank 0", "ranks 0 and 2", "ranks 1 to 3". */
   function several(ranks) {
     const [first, last] = [ranks[0], ranks.at(-1)];
@@ -176,7 +177,7 @@
       });
       const height = (count) => (count / tallest) * area;
       const curve = panel.curves[rank].map(([time, count]) => `H${x(time).toFixed(1)}V${(base - height(count)).toFixed(1)}`).join("");
-      shapes.push({ id: name(rank, "curve"), kind: "path", d: `M${x(0)} ${base}${curve}H${x(panel.time).toFixed(1)}V${base}z`, fill: "rank-2" });
+      shapes.push({ id: name(rank, "curve"), kind: "path", d: `M${x(0)} ${base}${curve}H${x(panel.time).toFixed(1)}V${base}z`, fill: "rank-2", opacity: 0.6 });
       const here = now === null ? null : panel.curves[rank].reduce((count, [time, after]) => (time <= now ? after : count), 0);
       const most = rounded(panel.most[rank]);
       shapes.push({ id: name(rank, "count"), kind: "text", x: look.width, y: base - area / 2, anchor: "end", size: size + 1, bold: here === null, text: here === null ? most : `${rounded(here)} of ${most}` });
@@ -202,7 +203,7 @@
     }
     shapes.push({ id: "axis", kind: "line", x: x(0), x2: x(longest), y, y2: y, stroke: "line" });
     shapes.push({ id: "unit", kind: "text", x: x(0), y: y + 32, anchor: "start", size: look.size, fill: "dim", text: look.narrow ? "time, in forward passes of a rank" : "time; 1 is what a rank needs to go forward with a micro-batch" });
-    if (now !== null) shapes.push({ id: "now is", kind: "rect", x: x(now) - 19, y: y + 3, w: 38, h: 20, fill: "accent", size: look.size, bold: true, text: rounded(now) });
+    if (now !== null) shapes.push({ id: "now is", kind: "rect", x: x(now) - 18, y: y + 3, w: 36, h: 20, fill: "accent", size: look.size, bold: true, text: rounded(now) });
     return shapes;
   }
 
@@ -215,7 +216,7 @@
     for (const [i, { fill, up = 2, text }] of entries.entries()) {
       const w = 20 + text.length * look.size * 0.5 + 18;
       if (at + w > look.width + 16) { at = 0; line += 22; }
-      shapes.push({ id: `key ${i}`, kind: "rect", x: at, y: line - 9 + up, w: 14, h: 14, fill, round: 2 });
+      shapes.push({ id: `key ${i}`, kind: "rect", x: at, y: line - 9 + up, w: 14, h: 14, fill, round: 2, opacity: fill === "rank-2" ? 0.6 : 1 });
       shapes.push({ id: `key ${i} is`, kind: "text", x: at + 20, y: line, anchor: "start", size: look.size, text });
       at += w;
     }
@@ -228,7 +229,7 @@
     const [above, below] = panels, { p, m, v } = state;
     const first = {
       afab: `AFAB: all ${m} micro-batches go forward, then all go backward. Each rank keeps the activations of all of them.`,
-      "1f1b": `1F1B: after a warm-up a rank goes forward and backward in turn. Rank 0 keeps ${rounded(above.most[0])} micro-batches at most.`,
+      "1f1b": `1F1B: after a warm-up a rank goes forward and backward in turn. Rank 0 keeps at most ${above.most[0]} of the ${m} micro-batches.`,
       interleaved: `Each rank has ${v} chunks of layers, so a micro-batch goes round ${v} times. A pass is 1/${v} as long, and so is the wait for the first one.`,
     }[above.engine];
     if (!below) {
@@ -244,7 +245,7 @@
     }
     const apart = below.time / above.time - 1;
     const other = Math.abs(apart) < 1e-9 ? "takes exactly as long" : `takes ${percent(Math.abs(apart))} ${apart < 0 ? "less" : "more"} time`;
-    return `${first} ${ENGINES[below.engine]}, below, ${other} and keeps ${rounded(Math.max(...below.most))} alive at most.`;
+    return `${first} ${capital(ENGINES[below.engine])}, below, ${other} and keeps ${rounded(Math.max(...below.most))} alive at most.`;
   }
 
   /** What the ranks of a panel do at a moment, after the panel's name. */
@@ -273,7 +274,7 @@
     return [
       { name: "idle", label: "idle", text: percent(panel.share) },
       { name: "formula", label: v > 1 ? "(p − 1) / (v m + p − 1)" : "(p − 1) / (m + p − 1)", text: by },
-      { name: "time", label: "length of the step", text: panel.run ? `${(panel.time * panel.unit).toFixed(0)} ms` : rounded(panel.time) },
+      { name: "time", label: "length of the step", text: panel.run ? `${Math.round(panel.time * panel.unit).toLocaleString("en")} ms` : rounded(panel.time) },
       { name: "alive", label: "alive at most", text: rounded(Math.max(...panel.most)) },
     ].map((number) => ({ ...number, name: below ? `${number.name}_below` : number.name }));
   }
@@ -303,12 +304,13 @@
         head: { label: "head, on the last rank", min: 0, max: 1, step: 0.1, value: 0, show: rounded },
       };
     },
-    /** A recorded run has its own schedule and sizes; interleaved goes in whole groups of p. */
+    /** A recorded run has its own schedule and sizes; interleaved goes in groups of p, which is 2 at least. */
     settle(state) {
       const run = Book.data.pipelines.measured[state.below];
       if (run) Object.assign(state, { above: run.engine, p: run.ranks, m: run.micro_batches, v: run.chunks > 1 ? run.chunks : state.v });
-      if ([state.above, state.below].includes("interleaved"))
-        state.m = Math.min(Math.floor(16 / state.p), Math.max(1, Math.round(state.m / state.p))) * state.p;
+      if (![state.above, state.below].includes("interleaved")) return;
+      state.p = Math.max(2, state.p);
+      state.m = Math.min(Math.floor(16 / state.p), Math.max(1, Math.round(state.m / state.p))) * state.p;
     },
     seconds: (at) => (at === 0 ? 2.5 : 0.7),
     scene(state, width) {
@@ -323,10 +325,8 @@
       const every = Math.max(0.5, Book.nice(longest, 48)), steps = 2 + Math.ceil(longest / every);
       const numbers = panels.length > 1 ? { numbers: [], tables: [compared(panels, state)] } : { numbers: numbersOf(panels[0], state, false) };
 
-      const seen = {}; // a moment is asked for again and again while it plays
       /** Moment 0 shows the whole step, the others a time each. */
-      const at = (step) => (seen[step] ??= moments(step));
-      function moments(step) {
+      function at(step) {
         const now = step === 0 ? null : Math.min(longest, (step - 1) * every);
         const caption = now === null ? overview(state, panels) : panels.map((panel) => moment(panel, now, panels.length > 1 ? `${panel.run ? "measured" : ENGINES[panel.engine]}: ` : "")).join(" ");
         const rows = panels.flatMap((panel, i) => drawPanel(panel, tops[i], look, x, tallest, now));
