@@ -121,8 +121,9 @@ def imports_of(tree):
 
 
 def bound(node):
-    """The names that an import makes known."""
-    return {alias.asname or alias.name for alias in node.names}
+    """What an import makes known: (name, where it is from)."""
+    module = getattr(node, "module", None)
+    return {(alias.asname or alias.name, module or alias.name) for alias in node.names}
 
 
 def segment(text, node):

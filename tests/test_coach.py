@@ -302,3 +302,8 @@ def test_a_picture_shows_what_a_schedule_does(opened, tmp_path):
     assert "ticks: 33 (target: 33)" not in said
     with pytest.raises(lessons.LessonError, match="has no picture"):
         pictures.picture(4, one.own, tmp_path / "picture.png", said.append)
+
+
+def test_a_name_that_comes_from_another_module_is_imported_anew():
+    text = stubs.with_imports("from a import f, g\n", "from a import g\nfrom b import f\n")
+    assert text == "from a import f, g\nfrom b import f\n"
