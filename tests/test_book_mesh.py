@@ -236,6 +236,8 @@ def test_groups_of_one_colour(page):
         named = ", ".join(f'"{axis}"' for axis in axes)
         assert shapes["title"]["text"] == f"group({named})"
         colours = [shapes[f"rank {rank}"]["fill"] for rank in range(16)]
+        own = {"tp": "rank-0", "cp": "rank-2", "dp": "rank-1", "pp": "rank-5"}[axes[-1]]
+        assert colours[5] == own and all(colour.startswith("rank-") for colour in colours)
         letters = [shapes[f"rank {rank}"]["text"].split()[-1] for rank in range(16)]
         assert [*map(colours.index, colours)] == [*map(letters.index, letters)]
         for rank, colour in enumerate(colours):
