@@ -89,6 +89,11 @@ def number(widget, name):
     return widget.locator(f'[data-number="{name}"]').inner_text()
 
 
+def address(page):
+    """What stands in a page's address from the # on, as the page itself has it."""
+    return page.evaluate("location.hash")  # page.url comes later where a machine is busy
+
+
 def shapes(widget):
     """What a widget's picture shows: {id of a shape: {"text": its lines in one, "fill": …}}."""
     read = """(root) => Object.fromEntries([...root.querySelectorAll("[data-id]")].map((node) => [

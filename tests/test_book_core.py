@@ -85,7 +85,7 @@ class Toy:
         return float(self.root.locator('[data-id="moves"] rect').get_attribute("x"))
 
     def said(self):
-        return self.page.url.partition("#")[2]
+        return browser.address(self.page).removeprefix("#")
 
     def focus(self):
         return self.page.evaluate("document.activeElement.dataset.id")
