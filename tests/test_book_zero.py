@@ -103,7 +103,7 @@ def test_when_the_engines_talk(data):
                 assert m["weights"][computes] == "w"
                 assert set(here) == {computes, computes + ahead} & set(LAYERS)
             if m["row"] == "head":
-                assert here == ([4] if m["what"] == "forward" else [4]), "the last layer stays"
+                assert here == [4], "the last layer stays"
 
 
 def test_controls_and_what_the_screen_shows(site, chromium, data):

@@ -284,7 +284,7 @@
         head: ["collective", "calls", "by formula", "bytes", "by formula", "a rank sends in a ring"],
         rows: Object.keys(COLLECTIVES).filter((kind) => run.predicted[kind]).map((kind) => {
           const [seen, due] = [run.counted[kind] ?? [0, 0, 0], run.predicted[kind]];
-          const name = due[1] > LOSS ? COLLECTIVES[kind] : `${COLLECTIVES[kind]} of the loss`;
+          const name = due[1] > LOSS ? COLLECTIVES[kind] : `${COLLECTIVES[kind]} (loss)`;
           return [name, ...[seen[0], due[0], seen[1], due[1], seen[2]].map(count)];
         }),
       },
@@ -308,6 +308,7 @@
       ranks: { label: "ranks", choices: [2, 4], value: "4" },
       micro: { label: "micro-batches", choices: [1, 2], value: "1" },
     },
+    seconds: () => 1.8,
     scene(state, width) {
       const run = runOf(state), place = layout(width, Number(state.ranks)), { moments } = run;
       const between = moments.slice(1).map((now, i) => flights(place, moments[i], now, `${i}`));
