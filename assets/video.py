@@ -144,8 +144,7 @@ def escaped(text):
 
 def encode(output, shots, shown, title, folder):
     """Put pictures, voice, captions and chapters into one file."""
-    listed = [f"file '{path}'\nduration {seconds:.6f}" for path, seconds in shown]
-    Path(folder, "list.txt").write_text("\n".join([*listed, f"file '{shown[-1][0]}'"]) + "\n")
+    Path(folder, "list.txt").write_text(listed(shown))
     Path(folder, "chapters.txt").write_text(chapters(shots, title))
     output.with_suffix(".vtt").write_text(captions(shots))
     length = shots[-1].begin + shots[-1].duration
@@ -156,13 +155,23 @@ def encode(output, shots, shown, title, folder):
         "-f", "concat", "-safe", "0", "-i", "list.txt", "-i", "voice.wav",
         "-i", output.with_suffix(".vtt").resolve(), "-f", "ffmetadata", "-i", "chapters.txt",
         "-map", "0:v", "-map", "1:a", "-map", "2:s", "-map_metadata", "3", "-map_chapters", "3",
-        "-r", str(RATE), "-vsync", "cfr", "-t", f"{length:.3f}",
+        "-vsync", "vfr", "-t", f"{length:.3f}",
         "-c:v", "libx264", "-preset", "veryfast", "-crf", "21", "-tune", "animation",
-        "-g", str(10 * RATE), "-pix_fmt", "yuv420p", "-c:a", "aac", "-b:a", "96k",
+        "-g", "30", "-pix_fmt", "yuv420p", "-c:a", "aac", "-b:a", "96k",
         "-c:s", "mov_text", "-metadata:s:s:0", "language=eng", "-metadata:s:a:0", "language=eng",
         "-movflags", "+faststart", output.resolve(),
     ]  # fmt: skip
     ffmpeg(command, folder)
+
+
+def listed(shown):
+    """The list of pictures for ffmpeg. Some players want a new picture every second, even the same."""
+    lines = []
+    for path, seconds in shown:
+        while seconds > 0:
+            lines += [f"file '{path}'", f"duration {min(1, seconds):.6f}"]
+            seconds = round(seconds - 1, 6)
+    return "\n".join([*lines, f"file '{shown[-1][0]}'"]) + "\n"
 
 
 def ffmpeg(command, folder):
@@ -209,7 +218,10 @@ def check_tools(voice):
             raise voices.Missing(f'no {package}: pip install ".[video]"')
     import browser
 
-    browser.chromium()
+    try:
+        browser.chromium()
+    except FileNotFoundError as problem:
+        raise voices.Missing(problem) from None
     if voice:
         voices.voice()
 
@@ -232,8 +244,9 @@ def main():
             output = loop(step, args.output)
         else:
             output = args.output or Path(f"step{args.step}.mp4")
+            output.parent.mkdir(parents=True, exist_ok=True)
             make(step, output, args.scenes, voices.silence if args.no_voice else voices.speak)
-    except (voices.Missing, lessons.LessonError, FileNotFoundError) as problem:
+    except (voices.Missing, lessons.LessonError) as problem:
         sys.exit(f"error: {problem}")
     told("")
     size = output.stat().st_size / 1e6

@@ -48,11 +48,11 @@ class Film:
 @contextlib.contextmanager
 def filming(step, scenes, folder, size=(1920, 1080)):
     """A Film that can show these scenes of a step; its files lie in `folder`."""
-    stage(folder)
     walk = book_walk.data_name(step / "README.md")
     for scene in scenes:
         if scene.kind == "item":
             scene.content["walk"] = walk
+    stage(folder, walk)
     titles = [scene.content["title"] for scene in scenes if scene.kind == "title"]
     title = titles[0] if titles else step.name
     with browser.browser() as found:
@@ -65,10 +65,15 @@ def filming(step, scenes, folder, size=(1920, 1080)):
             yield film
 
 
-def stage(folder):
-    """The files that the page needs: scripts, numbers, pictures."""
+def stage(folder, walk):
+    """The files that the page needs: scripts, numbers, pictures. Of the walks only one."""
     shutil.copytree(book.WEB, folder / "web")
-    book.write_data(folder / "web" / "data")
+    data = {
+        name: compute
+        for name, compute in book.book_numbers.DATA.items()
+        if name == walk or not name.startswith("walk_")
+    }
+    book.write_data(folder / "web" / "data", data)
     (folder / "assets").mkdir()
     for picture in (ROOT / "assets").glob("*.png"):
         shutil.copy(picture, folder / "assets")

@@ -31,7 +31,9 @@ BLOCK = re.compile(
     | (?P<prose>^\S.*(\n\S.*)*)""",
     re.MULTILINE | re.VERBOSE,
 )
-SEES = re.compile(r"\b(figure|on the (left|right)|in the middle|(upper|lower) half)\b", re.IGNORECASE)
+SEES = re.compile(
+    r"\b(figure|on the (left|right)|in the middle|(upper|lower) half)\b", re.IGNORECASE
+)
 
 
 @dataclass
@@ -75,7 +77,9 @@ def script(step):
         scenes += section(parts[name], name)
     for (number, name), chapter in zip(milestones, told, strict=True):
         card = {"title": f"Milestone {number}", "lines": [speech.plain(name)]}
-        scenes.append(Scene("card", chapter, card, speech.sentences(f"Milestone {number}: {name}.")))
+        scenes.append(
+            Scene("card", chapter, card, speech.sentences(f"Milestone {number}: {name}."))
+        )
         for place, item in enumerate(items):
             if item.milestone == number:
                 scenes.append(Scene("item", chapter, {"item": place}, spoken(item)))

@@ -110,7 +110,9 @@ def without_links(markdown):
 
 def say(markdown):
     """A sentence of Markdown as it is spoken."""
-    markdown = re.sub(r"\s*\((see )?\[[^\]]*\]\([^)]*\)\)", "", markdown)  # (a link) is to be clicked
+    markdown = re.sub(
+        r"\s*\((see )?\[[^\]]*\]\([^)]*\)\)", "", markdown
+    )  # (a link) is to be clicked
     text, kept = hide_code(without_links(markdown))
     text = re.sub(r"\*+|(?<!\w)_|_(?!\w)|</?\w+>", "", text)
     text = re.sub(r"(?<=[a-z])/(?=[a-z])", " ", text).replace("×", " by ")  # key/value, 2 × 2
@@ -128,7 +130,7 @@ def say_code(code):
     code = re.sub(r"^\s*\[([^\[\]]*)\]\s*$", lambda m: m[1].replace(",", " by "), code)  # a shape
     code = re.sub(r"\[([^\[\]]*)\]", lambda m: f" at {slices(m[1])}, ", code)
     code = re.sub(r"\(\s*\)", " ", code)
-    code = re.sub(r"\.to\(", " to (", code)
+    code = re.sub(r"\.to\(", " dot to ", code)
     code = re.sub(r"(?<=\w)\((?=\S)", " of ", code)
     code = re.sub(r"==", " equals ", code)
     code = re.sub(r"://", " ", code)
@@ -181,10 +183,13 @@ def tidy(text):
     """One space between words, at most one pause at a place, and nothing that cannot be said."""
     text = re.sub(r"[–—]", ", ", text).replace("’", "'").replace("“", "").replace("”", "")
     text = re.sub(r"[^A-Za-z0-9 ,.;:?!'-]", " ", text)
-    text = re.sub(r"(?<![A-Za-z0-9])-|-(?![A-Za-z0-9])", " ", text)
+    text = re.sub(r"(?<![A-Za-z0-9])[-']|-(?![A-Za-z0-9])", " ", text)
     text = re.sub(r"\s+", " ", text)
-    text = re.sub(r"\s+([,.;:?!])", r"\1", text)
-    text = re.sub(r",(?=[,.;:?!])|([,;:]),+", r"\1", text)
-    text = re.sub(r"(?<=[a-z]),([.?!:])", r"\1", text)
-    text = re.sub(r"\. \.", ".", text)
+    text = re.sub(r"\s*[,.;:?!]([ ,.;:?!]*[,.;:?!])?", lambda m: pause(m[0]), text)
     return text.strip(" ,;")
+
+
+def pause(marks):
+    """Of several marks in a row the one that ends a sentence, or the first."""
+    marks = marks.replace(" ", "")
+    return next((mark for mark in marks if mark in ".?!"), marks[0])

@@ -36,7 +36,9 @@ def voice():
 def speak(texts):
     """The samples of each text, without the silence around it."""
     model = voice()
-    paths = {text: KEPT / f"{hashlib.sha256((text + LENGTH).encode()).hexdigest()}.wav" for text in texts}
+    paths = {
+        text: KEPT / f"{hashlib.sha256((text + LENGTH).encode()).hexdigest()}.wav" for text in texts
+    }
     new = [text for text, path in paths.items() if not path.exists()]
     KEPT.mkdir(parents=True, exist_ok=True)
     if new:
@@ -44,10 +46,14 @@ def speak(texts):
             lines = Path(folder, "lines.txt")
             lines.write_text("\n".join(new) + "\n")
             command = [sys.executable, "-m", "piper", "-m", model, "-i", lines, "-d", folder]
-            done = subprocess.run([*command, "--length-scale", LENGTH], capture_output=True, text=True)
+            done = subprocess.run(
+                [*command, "--length-scale", LENGTH], capture_output=True, text=True
+            )
             made = sorted(Path(folder).glob("*.wav"), key=lambda path: int(path.stem))
             if done.returncode or len(made) != len(new):
-                raise Missing(f"piper said {len(made)} of {len(new)} sentences: {done.stderr[-300:]}")
+                raise Missing(
+                    f"piper said {len(made)} of {len(new)} sentences: {done.stderr[-300:]}"
+                )
             for text, path in zip(new, made, strict=True):
                 os.replace(path, paths[text])
     return [trimmed(paths[text]) for text in texts]

@@ -15,9 +15,9 @@
 
 window.Film = (() => {
   const { el } = Book;
-  const RATE = 15; // pictures a second where something moves
+  const RATE = 25; // pictures a second where something moves
   const MOTION = 0.6; // seconds from one moment of a widget to the next
-  const WIDTH = 1800, HEIGHT = 880, UNITS = 760;
+  const WIDTH = 1800, HEIGHT = 880, UNITS = 760; // pixels, and the units of a widget
   const LETTERS = { most: 42, least: 22 };
   const main = document.querySelector("main");
   let seek = () => {}, chapters = [];
@@ -150,17 +150,18 @@ window.Film = (() => {
 
   // --- the walk -----------------------------------------------------------------------------------
 
-  const views = {};
+  const views = {}, ALL = 0.999; // the share of an item's time at which all is written
+
+  const viewOf = (walk) => (views[walk] ??= Book.walk.view(Book.data[walk], { width: 1920, height: HEIGHT, font: 21 }));
 
   function item({ content, duration }) {
-    const view = (views[content.walk] ??= Book.walk.view(Book.data[content.walk], { width: 1920, height: HEIGHT, font: 20 }));
-    const node = el("div", { class: "widget walk" }, view.node), all = 0.999;
-    return [node, [0, ...view.changes(content.item).map((share) => (share / all) * duration)], (time) =>
-      view.seek(content.item + Math.max(1e-6, Math.min(all, (time / duration) * all)))];
+    const view = viewOf(content.walk), node = el("div", { class: "widget walk" }, view.node);
+    return [node, [0, ...view.changes(content.item).map((share) => (share / ALL) * duration)], (time) =>
+      view.seek(content.item + Math.max(1e-6, Math.min(ALL, (time / duration) * ALL)))];
   }
 
   /** How long the code of an item should be looked at where few words are said. */
-  const seconds = (content) => Book.walk.view(Book.data[content.walk], { width: 1920, height: HEIGHT, font: 20 }).seconds(content.item);
+  const seconds = ({ walk, item }) => viewOf(walk).seconds(item);
 
   const KINDS = { title: card("card"), card: card("card milestone"), words, picture, still, widget, item };
   return { begin, load, captions, seconds, show, seek: (time) => seek(time) };
