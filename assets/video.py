@@ -3,7 +3,7 @@
     python assets/video.py 5                 writes step5.mp4, and step5.vtt, its captions
     python assets/video.py 5 --scenes 3      three scenes of it only
     python assets/video.py 5 --no-voice      with silence for the voice
-    python assets/video.py 5 --loop          writes assets/step5_loop.gif instead: the lesson's motion
+    python assets/video.py 5 --loop          writes assets/step5_loop.gif: the lesson's motion
 
 Needs `pip install ".[video]"`, Chromium and ffmpeg. VIDEO.md says how it is made.
 """
@@ -165,7 +165,7 @@ def encode(output, shots, shown, title, folder):
 
 
 def listed(shown):
-    """The list of pictures for ffmpeg. Some players want a new picture every second, even the same."""
+    """ffmpeg's list of pictures. Some players want one every second, though it be the same."""
     lines = []
     for path, seconds in shown:
         while seconds > 0:

@@ -1,4 +1,4 @@
-"""The page of a film in a headless Chromium: assets/web/film.html, with what a step's scenes show."""
+"""A headless Chromium with the page of a film, assets/web/film.html, and what it shows."""
 
 import base64
 import contextlib
@@ -12,6 +12,7 @@ sys.path.append(str(ROOT / "tests"))
 import book  # noqa: E402
 import book_walk  # noqa: E402
 import browser  # noqa: E402
+import video_script  # noqa: E402
 
 
 class Film:
@@ -53,8 +54,7 @@ def filming(step, scenes, folder, size=(1920, 1080)):
         if scene.kind == "item":
             scene.content["walk"] = walk
     stage(folder, walk)
-    titles = [scene.content["title"] for scene in scenes if scene.kind == "title"]
-    title = titles[0] if titles else step.name
+    title = video_script.title_of(step)
     with browser.browser() as found:
         browser.SIZES["film"] = size
         with browser.opened(found, f"file://{folder}/web/film.html", "film") as (page, problems):

@@ -68,7 +68,7 @@ def script(step):
     """The scenes of the video of a step's README."""
     page, text = step / "README.md", (step / "README.md").read_text()
     parts = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", text, re.M | re.S))
-    title = re.search(r"^# (.+)$", text, re.M)[1]
+    title = title_of(step)
     items = lessons.items_of(page)
     milestones = list(dict.fromkeys((item.milestone, item.milestone_title) for item in items))
     told = [f"Milestone {number}: {speech.plain(name)}" for number, name in milestones]
@@ -84,6 +84,10 @@ def script(step):
             if item.milestone == number:
                 scenes.append(Scene("item", chapter, {"item": place}, spoken(item)))
     return scenes + section(parts["Takeaways"], "Takeaways")
+
+
+def title_of(step):
+    return re.search(r"^# (.+)$", (step / "README.md").read_text(), re.M)[1]
 
 
 def spoken(item):
@@ -125,7 +129,7 @@ def section(markdown, chapter):
 
 
 def look(found):
-    """Say of each paragraph whether it is spoken over a picture: if it stands beside it or names it."""
+    """Say which paragraphs are spoken over a picture: those beside it, and those that name it."""
     seen = [place for place, block in enumerate(found) if block.is_seen]
     for place, block in enumerate(found):
         if not (seen and block.is_said):

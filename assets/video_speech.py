@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 # Names of the field, and how they are said. Whole words only, as they stand in the pages.
 NAMES = {
-    "seq": "sequence", "len": "length", "tp": "T P", "cp": "C P", "dp": "D P", "pp": "P P", "ep": "E P", "kv": "K V", "q": "Q", "k": "K",
+    "seq": "sequence", "len": "length",
+    "tp": "T P", "cp": "C P", "dp": "D P", "pp": "P P", "ep": "E P", "kv": "K V", "q": "Q", "k": "K",
     "lr": "learning rate", "dtype": "D type", "ctx": "context", "proj": "projection",
     "freq": "frequency", "init": "in it", "async": "A sync", "stdlib": "standard lib", "pg": "P G",
     "torchrun": "torch run", "pytest": "pie test", "py": "pie", "json": "jason", "npy": "N P Y",
@@ -21,14 +22,16 @@ NAMES = {
     "GPUs": "G P Us", "CPUs": "C P Us", "GPU": "G P U", "CPU": "C P U", "README": "read me",
     "SIGTERM": "sig term", "SIGINT": "sig int", "SIGUSR1": "sig user 1", "AND": "and",
     "logsumexp": "log sum exp", "wandb": "W and B", "attn": "attention", "args": "arguments",
-    "MB": "megabytes", "GB": "gigabytes", "TB": "terabytes", "kB": "kilobytes", "ms": "milliseconds",
+    "MB": "megabytes", "GB": "gigabytes", "TB": "terabytes", "kB": "kilobytes",
+    "ms": "milliseconds",
     "MiB": "mebibytes", "GiB": "gibibytes", "KiB": "kibibytes", "s/s": "seconds a second",
     "e.g.": "for example", "i.e.": "that is", "md": "M D", "Ctrl-C": "control C", "vs": "versus",
 }  # fmt: skip
 # What stands between words. A comma is a short pause.
 SYMBOLS = {
     "√": " root ", "Σ": " the sum of ", "ᵀ": " transposed ", "·": " times ", "×": " times ",
-    "*": " times ", "+": " plus ", "−": " minus ", "=": " equals ", "≠": " is not ", "%": " percent ",
+    "*": " times ", "+": " plus ", "−": " minus ", "=": " equals ", "≠": " is not ",
+    "%": " percent ",
     "≤": " is at most ", "≥": " is at least ", "<": " is less than ", ">": " is greater than ",
     "≈": " is about ", "∞": " infinity ", "→": " to ", "←": " from ", "±": " plus or minus ",
     "&": " and ", "@": " at ", "|": ", ", "…": ", and so on, ", "/": " over ", "~": " about ",

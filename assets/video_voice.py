@@ -1,4 +1,4 @@
-"""A voice for the videos: Piper, called as a program, with the voice "joe". VIDEO.md has its licence."""
+"""A voice for the videos: the program Piper with the voice "joe". VIDEO.md says its licence."""
 
 import hashlib
 import importlib.util

@@ -33,16 +33,20 @@ each_step = pytest.mark.parametrize("step", lessons.steps(), ids=lambda step: st
         ("The sum of `grad_x` is `1/n`.", "The sum of grad x is one over n."),
         ("**Merging.** Read `flags.py`.", "Merging.|Read flags dot pie."),
         ("Sum it ([step 2](../x/README.md)), *then* wait.", "Sum it, then wait."),
-        ("A `ColumnParallelLinear` of [kv](../G.md#kv) heads.", "A Column Parallel Linear of K V heads."),
-        ("It takes `16 × 8.03 billion = 128 GB`.", "It takes 16 times 8.03 billion equals 128 gigabytes."),
+        ("A `ColumnParallelLinear` of [kv](../G.md) heads.",
+         "A Column Parallel Linear of K V heads."),
+        ("It takes `16 × 8.03 billion = 128 GB`.",
+         "It takes 16 times 8.03 billion equals 128 gigabytes."),
         ("A matrix of 2,048 × 8,192 is 27 % full.", "A matrix of 2048 by 8192 is 27 percent full."),
         ("Reads `2²⁰` tokens at 3e-4.", "Reads 2 to the 20 tokens at 3 times 10 to the minus 4."),
         ("`softmax(q kᵀ / √head_dim) v`", "softmax of Q K transposed over root head dim, v"),
         ("With `--dtype bfloat16` call `weight.to(x.dtype)`.",
          "With D type B float 16 call weight dot to x dot D type."),
-        ("The bubble (p − 1) / (m + p − 1) of AFAB.", "The bubble, p minus 1, over, m plus p minus 1, of A fab."),
+        ("The bubble (p − 1) / (m + p − 1) of AFAB.",
+         "The bubble, p minus 1, over, m plus p minus 1, of A fab."),
         ("`x[:, :1]` has the shape `[out, in]`.", "x at all, up to 1, has the shape out by in."),
-        ("In `zero3` (item 7) each key/value head waits.", "In zero 3, item 7, each key value head waits."),
+        ("In `zero3` (item 7) each key/value head waits.",
+         "In zero 3, item 7, each key value head waits."),
     ],
 )  # fmt: skip
 def test_a_sentence_can_be_heard(written, spoken):
@@ -113,7 +117,8 @@ def test_the_sections_are_spoken_in_chapters(step):
 
 
 def test_words_about_a_picture_are_spoken_over_it():
-    text = "First.\n\nSee this:\n\n![A](../assets/ring.png)\n\nOn it.\n\nElse:\n\n```\nx\n```\n\nOn the left."
+    text = "First.\n\nSee this:\n\n![A](../assets/ring.png)\n\nOn it.\n\nElse:\n\n```\nx\n```\n\n"
+    text += "On the left."
     scenes = video_script.section(text, "Why")
     assert [scene.kind for scene in scenes] == ["words", "picture", "picture", "words", "picture"]
     assert [part["kind"] for part in scenes[3].content["parts"]] == ["prose", "code"]

@@ -18,7 +18,7 @@ window.Film = (() => {
   const RATE = 25; // pictures a second where something moves
   const MOTION = 0.6; // seconds from one moment of a widget to the next
   const WIDTH = 1800, HEIGHT = 880, UNITS = 760; // pixels, and the units of a widget
-  const LETTERS = { most: 42, least: 22 };
+  const LETTERS = { most: 50, least: 22 };
   const main = document.querySelector("main");
   let seek = () => {}, chapters = [];
 
@@ -150,18 +150,41 @@ window.Film = (() => {
 
   // --- the walk -----------------------------------------------------------------------------------
 
-  const views = {}, ALL = 0.999; // the share of an item's time at which all is written
+  const ALL = 0.999; // the share of an item's time at which all is written
+  const PANEL = { most: 26, least: 16, height: 360 };
 
-  const viewOf = (walk) => (views[walk] ??= Book.walk.view(Book.data[walk], { width: 1920, height: HEIGHT, font: 21 }));
+  const viewOf = (walk, height) => Book.walk.view(Book.data[walk], { width: 1920, height, font: 21 });
 
+  /** The code as it is typed, beside it the words; what needs width, under both. */
   function item({ content, duration }) {
-    const view = viewOf(content.walk), node = el("div", { class: "widget walk" }, view.node);
-    return [node, [0, ...view.changes(content.item).map((share) => (share / ALL) * duration)], (time) =>
+    const panel = panelOf(Book.data[content.walk].items[content.item].explanation);
+    const node = el("div", { class: "widget walk" }, panel);
+    main.replaceChildren(node);
+    const view = viewOf(content.walk, HEIGHT - heightOf(panel));
+    node.prepend(view.node);
+    return [null, [0, ...view.changes(content.item).map((share) => (share / ALL) * duration)], (time) =>
       view.seek(content.item + Math.max(1e-6, Math.min(ALL, (time / duration) * ALL)))];
   }
 
+  /** The blocks of code and the tables of an explanation, null if it has none. */
+  function panelOf(explanation) {
+    const read = el("div");
+    read.innerHTML = explanation;
+    const blocks = [...read.querySelectorAll("pre, table")];
+    return blocks.length ? el("div", { class: "panel" }, ...blocks) : null;
+  }
+
+  function heightOf(panel) {
+    if (!panel) return 0;
+    let size = PANEL.most;
+    const wide = () => [...panel.children].some((block) => block.scrollWidth > panel.clientWidth);
+    do panel.style.fontSize = `${size--}px`;
+    while (size >= PANEL.least && (panel.offsetHeight > PANEL.height || wide()));
+    return panel.offsetHeight;
+  }
+
   /** How long the code of an item should be looked at where few words are said. */
-  const seconds = ({ walk, item }) => viewOf(walk).seconds(item);
+  const seconds = ({ walk, item }) => viewOf(walk, HEIGHT).seconds(item);
 
   const KINDS = { title: card("card"), card: card("card milestone"), words, picture, still, widget, item };
   return { begin, load, captions, seconds, show, seek: (time) => seek(time) };
