@@ -11,7 +11,8 @@ from dataclasses import dataclass
 # Names of the field, and how they are said. Whole words only, as they stand in the pages.
 NAMES = {
     "seq": "sequence", "len": "length",
-    "tp": "T P", "cp": "C P", "dp": "D P", "pp": "P P", "ep": "E P", "kv": "K V", "q": "Q", "k": "K",
+    "tp": "T P", "cp": "C P", "dp": "D P", "pp": "P P", "ep": "E P", "kv": "K V",
+    "q": "Q", "k": "K",
     "lr": "learning rate", "dtype": "D type", "ctx": "context", "proj": "projection",
     "freq": "frequency", "init": "in it", "async": "A sync", "stdlib": "standard lib", "pg": "P G",
     "torchrun": "torch run", "pytest": "pie test", "py": "pie", "json": "jason", "npy": "N P Y",
