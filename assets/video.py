@@ -239,9 +239,9 @@ def main():
         step = lessons.step_of(args.step)
         check_tools(voice=not (args.no_voice or args.loop))
         if args.loop:
-            from video_loop import loop
+            import video_loop
 
-            output = loop(step, args.output)
+            output = video_loop.make(step, args.output)
         else:
             output = args.output or Path(f"step{args.step}.mp4")
             output.parent.mkdir(parents=True, exist_ok=True)

@@ -186,6 +186,16 @@ window.Film = (() => {
   /** How long the code of an item should be looked at where few words are said. */
   const seconds = ({ walk, item }) => viewOf(walk, HEIGHT).seconds(item);
 
+  /** Nothing but a widget, as wide as the window. Returns its height; `seek` then takes its moments. */
+  function loop(content) {
+    const shown = Book.picture(content.widget, stateOf(content), UNITS);
+    document.body.className = "loop";
+    document.body.replaceChildren(shown.node);
+    seek = shown.seek;
+    seek(0);
+    return Math.ceil(shown.scene.height);
+  }
+
   const KINDS = { title: card("card"), card: card("card milestone"), words, picture, still, widget, item };
-  return { begin, load, captions, seconds, show, seek: (time) => seek(time) };
+  return { begin, load, captions, seconds, show, loop, seek: (time) => seek(time) };
 })();
