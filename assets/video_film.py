@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "assets"))
 sys.path.append(str(ROOT / "tests"))
 import book  # noqa: E402
+import book_numbers  # noqa: E402
 import book_walk  # noqa: E402
 import browser  # noqa: E402
 import video_script  # noqa: E402
@@ -53,27 +54,24 @@ def filming(step, scenes, folder, size=(1920, 1080)):
     for scene in scenes:
         if scene.kind == "item":
             scene.content["walk"] = walk
-    stage(folder, walk)
+    stage(folder)
     title = video_script.title_of(step)
     with browser.browser() as found:
         browser.SIZES["film"] = size
         with browser.opened(found, f"file://{folder}/web/film.html", "film") as (page, problems):
             film = Film(page, problems, title)
-            film.call("load", [{"content": scene.content} for scene in scenes])
+            contents = [{"content": scene.content} for scene in scenes]
+            needed = {name: book_numbers.DATA[name] for name in film.call("needs", contents)}
+            book.write_data(folder / "web" / "data", needed)
+            film.call("load", contents)
             chapters = list(dict.fromkeys(scene.chapter for scene in scenes))
             film.call("begin", {"step": title, "chapters": chapters})
             yield film
 
 
-def stage(folder, walk):
-    """The files that the page needs: scripts, numbers, pictures. Of the walks only one."""
+def stage(folder):
+    """The files that the page needs: scripts, and pictures."""
     shutil.copytree(book.WEB, folder / "web")
-    data = {
-        name: compute
-        for name, compute in book.book_numbers.DATA.items()
-        if name == walk or not name.startswith("walk_")
-    }
-    book.write_data(folder / "web" / "data", data)
     (folder / "assets").mkdir()
     for picture in (ROOT / "assets").glob("*.png"):
         shutil.copy(picture, folder / "assets")

@@ -69,8 +69,8 @@ def make(step, output=None):
         height = film.call("loop", scene.content)
         film.page.set_viewport_size({"width": WIDTH, "height": height})
         shown = []
-        for number, (picture, seconds) in enumerate(pictures(film, LOOPS[number])):
-            path = Path(folder, f"{number:04}.png")
+        for place, (picture, seconds) in enumerate(pictures(film, LOOPS[number])):
+            path = Path(folder, f"{place:04}.png")
             path.write_bytes(picture)
             shown.append((path, seconds))
         encode(output, shown, folder)

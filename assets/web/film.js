@@ -2,7 +2,8 @@
    scene and the time alone: there is no clock here. assets/video.py calls
 
      Film.begin({step, title, chapters})       what stands at the head of each picture
-     await Film.load(scenes)                   everything that these scenes show
+     await Film.needs(scenes)                  the numbers that have to be there: data/NAME.js
+     await Film.load(scenes)                   loads everything that these scenes show
      Film.captions(content)                    what a widget says at each of its moments
      Film.show(scene)                          shows it at its beginning; returns the times, from 0 on,
                                                at which its picture changes
@@ -28,12 +29,18 @@ window.Film = (() => {
     document.querySelector("header .chapters").replaceChildren(...chapters.map(() => el("li")));
   }
 
+  const namesIn = (scenes, kind) => [...new Set(scenes.map(({ content }) => content[kind]).filter(Boolean))];
+
+  /** The names of the numbers that the scenes draw. */
+  async function needs(scenes) {
+    const widgets = namesIn(scenes, "widget");
+    await Promise.all(widgets.map((name) => Book.load(`${name}.js`)));
+    return [...new Set([...namesIn(scenes, "walk"), ...widgets.flatMap((name) => Book.widgets[name].data ?? [])])];
+  }
+
   async function load(scenes) {
-    const of = (name) => [...new Set(scenes.map(({ content }) => content[name]).filter(Boolean))];
-    await Promise.all(of("widget").map((name) => Book.load(`${name}.js`)));
-    const files = [...of("walk"), ...of("widget").flatMap((name) => Book.widgets[name].data ?? [])];
-    await Promise.all([...new Set(files)].map((name) => Book.load(`data/${name}.js`)));
-    await Promise.all(of("picture").map((name) => imageOf(name).decode()));
+    await Promise.all((await needs(scenes)).map((name) => Book.load(`data/${name}.js`)));
+    await Promise.all(namesIn(scenes, "picture").map((name) => imageOf(name).decode()));
   }
 
   const imageOf = (name) => Object.assign(new Image(), { src: `../assets/${name}` });
@@ -197,5 +204,5 @@ window.Film = (() => {
   }
 
   const KINDS = { title: card("card"), card: card("card milestone"), words, picture, still, widget, item };
-  return { begin, load, captions, seconds, show, loop, seek: (time) => seek(time) };
+  return { begin, needs, load, captions, seconds, show, loop, seek: (time) => seek(time) };
 })();
