@@ -31,9 +31,9 @@ class Loop:
 
 
 LOOPS = {
-    1: Loop("training_step", hold=0.5),
+    1: Loop("training_step", hold=0.35),
     2: Loop("collectives", {"kind": "all-reduce", "ranks": "3"}, hold=1.6),
-    3: Loop("windows", hold=1.2),
+    3: Loop("windows", hold=2.4),
     4: Loop("tensor_parallel", {"ranks": "2"}, hold=1.2),
     5: Loop("ring", {"cp": "4"}, hold=1.2),
     6: Loop("zero", {"engine": "bucket", "ranks": "4", "micro": "1"}, hold=0.8),

@@ -107,12 +107,17 @@ def blocks(markdown):
     for match in BLOCK.finditer(markdown):
         kinds = ("widget", "picture", "code", "table", "item", "prose")
         kind = next((kind for kind in kinds if match[kind] is not None), None)
-        if kind is None or match[0].startswith("#"):
+        if kind is None or match[0].startswith("#") or is_loop(match):
             continue
         options = dict(option.split("=") for option in (match["options"] or "").split())
         text = re.sub(r"^(-|\d+\.) ", "", match[kind]) if kind == "item" else match[kind]
         found.append(Block(kind, text, options))
     return found
+
+
+def is_loop(match):
+    """Whether it is the page's own loop, which a film of the page does not need."""
+    return bool(match["picture"]) and match["picture"].endswith(".gif")
 
 
 def section(markdown, chapter):
