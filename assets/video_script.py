@@ -22,7 +22,7 @@ import video_speech as speech  # noqa: E402
 LONGEST = 75  # words of prose that stand in one view
 BLOCK = re.compile(
     r"""<details>[\s\S]*?</details>
-    | <!--\ widget:\ (?P<widget>\w+)(?P<options>(\ \w+=\S+)*)\ -->\n!\[.*?\]\(.*?\)
+    | <!--\ widget:\ (?P<widget>\w+)(?P<options>(\ \w+=\S+)*)\ -->\n!\[.*?\]\((?P<still>.*?)\)
     | <!--[\s\S]*?-->
     | !\[.*?\]\((?P<picture>.*?)\)
     | ^```.*\n(?P<code>[\s\S]*?)\n```$
@@ -52,7 +52,8 @@ class Block:
 
     kind: str
     text: str
-    options: dict = field(default_factory=dict)
+    options: dict = field(default_factory=dict)  # of a widget
+    still: str = ""  # the picture that stands for a widget elsewhere
     seen: int | None = None  # the number of the picture that it is spoken over
 
     @property
@@ -111,7 +112,7 @@ def blocks(markdown):
             continue
         options = dict(option.split("=") for option in (match["options"] or "").split())
         text = re.sub(r"^(-|\d+\.) ", "", match[kind]) if kind == "item" else match[kind]
-        found.append(Block(kind, text, options))
+        found.append(Block(kind, text, options, match["still"] or ""))
     return found
 
 
@@ -175,6 +176,8 @@ def scenes_of(group, found, chapter):
         return [Scene("words", chapter, *view(group))]
     said = [sentence for block in group for sentence in speech.sentences(block.text)]
     seen = found[first.seen]
+    if seen.still and not seen.still.endswith(("_widget.png", ".gif")):
+        return [Scene("picture", chapter, {"picture": Path(seen.still).name}, said)]
     if seen.kind == "widget":
         # Before its own scene a widget stands at its first moment, afterwards at its last.
         moment = "first" if found.index(first) < first.seen else "last"

@@ -125,11 +125,17 @@ def test_words_about_a_picture_are_spoken_over_it():
 
 
 def test_a_widget_plays_between_the_words_about_it():
-    text = "See:\n\n<!-- widget: mesh tp=2 dp=4 -->\n![A](a.png)\n\nThere it was."
+    text = "See:\n\n<!-- widget: mesh tp=2 -->\n![A](a_widget.png)\n\nThere it was."
     kinds = [
         (scene.kind, scene.content.get("moment")) for scene in video_script.section(text, "Why")
     ]
     assert kinds == [("still", "first"), ("widget", None), ("still", "last")]
+
+
+def test_words_about_a_figure_are_spoken_over_it_though_a_widget_plays_too():
+    text = "See:\n\n<!-- widget: ring cp=4 -->\n![A](../assets/ring.png)\n\nOn the left it was."
+    kinds = [scene.kind for scene in video_script.section(text, "Why")]
+    assert kinds == ["picture", "widget", "picture"]
 
 
 # --- times ----------------------------------------------------------------------------------------
