@@ -37,8 +37,8 @@ LOOPS = {
     4: Loop("tensor_parallel", {"ranks": "2"}, hold=1.2),
     5: Loop("ring", {"cp": "4"}, hold=1.2),
     6: Loop("zero", {"engine": "bucket", "ranks": "4", "micro": "1"}, hold=0.8),
-    7: Loop("pipelines", {"above": "afab"}, hold=0.25),
-    8: Loop("pipelines", {"above": "afab", "below": "1f1b"}, hold=0.25),
+    7: Loop("pipelines", {"above": "afab"}, hold=0.2),
+    8: Loop("pipelines", {"above": "afab", "below": "1f1b"}, hold=0.2),
     9: Loop("mesh", {"tp": "2", "cp": "2", "dp": "2", "pp": "2", "rank": "5"}, hold=1.6),
 }
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "assets"))
@@ -201,6 +202,23 @@ def test_a_tool_that_is_missing_is_named_in_one_line(missing, monkeypatch, tmp_p
     with pytest.raises(SystemExit) as stop:
         video.main()
     assert re.fullmatch(rf"error: no {missing}: .*install .*", stop.value.code)
+
+
+# --- loops ----------------------------------------------------------------------------------------
+
+
+@each_step
+def test_a_lesson_shows_its_loop(step):
+    path = ROOT / "assets" / f"step{lessons.step_number(step)}_loop.gif"
+    assert f"](../assets/{path.name})" in (step / "README.md").read_text()
+    assert path.stat().st_size < 1.5e6
+    with Image.open(path) as picture:
+        lengths = []
+        for frame in range(picture.n_frames):
+            picture.seek(frame)
+            lengths.append(picture.info["duration"])
+        assert picture.width == 760 and picture.info["loop"] == 0
+    assert 5000 < sum(lengths) <= 20_000
 
 
 # --- a short video --------------------------------------------------------------------------------
