@@ -3,7 +3,7 @@
     python assets/video_script.py 5        prints the script
 
 The scenes in their order: the title; *Why* and *The idea*, paragraph by paragraph, over the figures
-and the widgets of the page; for each milestone a card and its items; the takeaways.
+and the widgets; the widgets of *By hand*; for each milestone a card and its items; the takeaways.
 """
 
 import argparse
@@ -76,6 +76,8 @@ def script(step):
     scenes = [Scene("title", "Why", {"title": title, "lines": told}, speech.sentences(f"{title}."))]
     for name in ("Why", "The idea"):
         scenes += section(parts[name], name)
+    by_hand = section(parts["By hand"], "The idea")
+    scenes += [scene for scene in by_hand if scene.kind == "widget"]
     for (number, name), chapter in zip(milestones, told, strict=True):
         card = {"title": f"Milestone {number}", "lines": [speech.plain(name)]}
         scenes.append(
@@ -216,7 +218,8 @@ def inline(markdown):
 
 def table(markdown):
     """The HTML of a table."""
-    rows = [[cell.strip() for cell in row.strip("| ").split("|")] for row in markdown.split("\n")]
+    lines = (line.strip().removeprefix("|").removesuffix("|") for line in markdown.split("\n"))
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines]
     head, body = rows[0], [row for row in rows[2:] if any(row)]
     lines = ["".join(f"<th>{inline(cell)}</th>" for cell in head)]
     lines += ["".join(f"<td>{inline(cell)}</td>" for cell in row) for row in body]

@@ -144,7 +144,7 @@ def say_code(code):
     code = re.sub(r"\*\*", " to the power of ", code)
     code = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", code)  # ColumnParallel
     code = re.sub(r"(?<=[A-Z])(?=[A-Z][a-z])(?<!NCC)", " ", code)
-    return code.replace("_", " ").replace(":", ", ")
+    return code.replace(":", ", ")
 
 
 def slices(index):

@@ -133,6 +133,11 @@ def test_a_widget_plays_between_the_words_about_it():
     assert kinds == [("still", "first"), ("widget", None), ("still", "last")]
 
 
+def test_a_table_keeps_its_empty_cells():
+    html = video_script.table("| | a `b` |\n|---|---|\n| c | |\n")
+    assert html == "<tr><th></th><th>a <code>b</code></th></tr><tr><td>c</td><td></td></tr>"
+
+
 def test_words_about_a_figure_are_spoken_over_it_though_a_widget_plays_too():
     text = "See:\n\n<!-- widget: ring cp=4 -->\n![A](../assets/ring.png)\n\nOn the left it was."
     kinds = [scene.kind for scene in video_script.section(text, "Why")]
