@@ -200,7 +200,7 @@ window.Film = (() => {
     document.body.replaceChildren(shown.node);
     seek = shown.seek;
     seek(0);
-    return Math.ceil(shown.scene.height);
+    return Math.ceil(document.body.getBoundingClientRect().height);
   }
 
   const KINDS = { title: card("card"), card: card("card milestone"), words, picture, still, widget, item };
