@@ -7,7 +7,7 @@ Book.define("training_step", {
   options: {},
   seconds: () => 1.2,
   scene(state, width) {
-    const data = Book.data.training_step, GROUP = 4, KINDS = [["activations", "rank-3"], ["gradients", "rank-1"]], narrow = width < 500;
+    const data = Book.data.training_step, narrow = width < 500, GROUP = narrow ? 8 : 4, KINDS = [["activations", "rank-3"], ["gradients", "rank-1"]];
     const groups = Math.ceil(data.layers / GROUP);
     const names = ["embed", ...Array.from({ length: groups }, (_, i) => `${i * GROUP}–${Math.min(data.layers, (i + 1) * GROUP) - 1}`), "head"];
     const kept = [data.embedding, ...Array.from({ length: groups }, () => data.layer.map((bytes) => bytes * GROUP)), data.end];
