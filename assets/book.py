@@ -42,15 +42,16 @@ def build(site, stage=STAGE):
         raise LessonError(f"zensical could not build the book: {said}")
     shutil.rmtree(site, ignore_errors=True)
     shutil.move(stage / "site", site)
-    shutil.copytree(WEB, site / "web", dirs_exist_ok=True)
-    write_data(site / "web" / "data")
+    film = shutil.ignore_patterns("film.*")  # the videos' own page
+    shutil.copytree(WEB, site / "web", dirs_exist_ok=True, ignore=film)
+    write_data(site / "web" / "data", {**book_numbers.DATA, "glossary": book_glossary.entries})
     book_pages.finish(site)
 
 
-def write_data(folder):
+def write_data(folder, data):
     """The numbers that the widgets draw, a script for each, as no page can fetch from disk."""
     folder.mkdir(exist_ok=True)
-    for name, compute in {**book_numbers.DATA, "glossary": book_glossary.entries}.items():
+    for name, compute in data.items():
         numbers = json.dumps(compute(), separators=(",", ":"), ensure_ascii=False)
         (folder / f"{name}.js").write_text(f'Book.data["{name}"] = {numbers};\n')
 

@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parent))
 import book_walk  # noqa: E402
 import numbers_collectives  # noqa: E402
+import numbers_loops  # noqa: E402
 import numbers_mesh  # noqa: E402
 import numbers_mistakes  # noqa: E402
 import numbers_pipelines  # noqa: E402
@@ -27,5 +28,7 @@ DATA = {
     "planner": numbers_planner.numbers,
     "ring": numbers_ring.rings,
     "tensor_parallel": numbers_tensor_parallel.blocks,
+    "training_step": numbers_loops.training_step,
+    "windows": numbers_loops.windows,
     "zero": numbers_zero.numbers,
 }

@@ -19,6 +19,7 @@ from book_markdown import Document  # noqa: E402
 
 WEB = ROOT / "assets" / "web"
 PICTURES = {".png", ".gif"}
+LOOP = re.compile(r"(?<=\n\n)!\[[^\]]*\]\(\S+_loop\.gif\)$", re.MULTILINE)
 REFERENCE = ["GLOSSARY.md", "COMING_FROM.md", "tests/README.md", "tests/COACH.md",
              "tests/RESULTS.md", "assets/BOOK.md"]  # fmt: skip
 
@@ -79,7 +80,8 @@ def text_of(page):
         except lessons.LessonError as error:
             line = page.read_text()[: directive.start()].count("\n") + 1
             raise lessons.LessonError(f"{page.relative_to(ROOT)}:{line}: {error}") from None
-    return book_walk.with_player(lessons.renewed(page), page)
+    # A loop that does not stand for a widget is for GitHub: here the widgets move.
+    return book_walk.with_player(LOOP.sub("", lessons.renewed(page)), page)
 
 
 class Pages:
