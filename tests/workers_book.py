@@ -29,6 +29,7 @@ def groups_of(cases):
 def parts_of(cases):
     """For each (length, ranks, place): [start, stop) of what tensor parallelism cuts out."""
     import torch
+
     from tensor_parallel import part
 
     found = []
