@@ -12,6 +12,7 @@ import pytest
 import readme
 from conftest import ROOT
 
+SHOTS = ROOT / "assets" / "book_shots.py"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("[!.]*/*.md")])
 
 
@@ -115,12 +116,14 @@ def test_idle_time_counts_from_the_first_pass_to_the_last():
 def test_figures_are_drawn_by_code(tmp_path):
     figures = script("figures")
     drawn = {path.name for path in figures.draw_all(tmp_path)}
-    shown = {name for path in PAGES for name in re.findall(r"assets/(\w+\.png)", path.read_text())}
+    pages = "".join(without_code(path.read_text()) for path in PAGES)
+    shown = set(re.findall(r"assets/(\w+\.png)", pages))
     assert drawn <= shown, "a figure that no page shows"
     # These show what was measured; convergence.py, ring_work.py and timeline.py draw them.
     measured = {"convergence.png", "tinyllama.png", "ring_work.png", "afab.png"}
-    stills = {name for name in shown if name.endswith("_widget.png")}  # of the book, by browser.py
-    assert shown - drawn <= measured | stills
+    shots = {f"{name}.png" for name in re.findall(r'^    "(\w+)": \(', SHOTS.read_text(), re.M)}
+    assert len(shots) == 5 and shots <= shown, "of the book, by book_shots.py"
+    assert shown - drawn <= measured | shots
 
 
 @pytest.mark.parametrize("command, code", [("true", 0), ("false", 1), ("false | true", 1)])
