@@ -45,8 +45,12 @@ class Problems(list):
     def watch(self, page):
         page.on("console", lambda m: m.type in ("error", "warning") and self.append(m.text))
         page.on("pageerror", lambda error: self.append(str(error)))
-        page.on("requestfailed", lambda request: self.append(f"failed: {request.url}"))
+        page.on("requestfailed", self.failed)
         page.on("request", lambda request: self.judge(request.url))
+
+    def failed(self, request):
+        if request.failure != "net::ERR_ABORTED":  # a page that one leaves stops to load
+            self.append(f"failed: {request.url}")
 
     def judge(self, url):
         if not url.startswith(("file:", "data:", "blob:", "http://127.0.0.1")):
