@@ -132,11 +132,6 @@ FAULTS = """([name, states]) => {
 }"""
 
 
-def address(page):
-    """What the address says after #, now; `page.url` hears of a change only a moment later."""
-    return page.evaluate("location.hash")
-
-
 def ready(page, selector):
     """Bring a widget into view and wait until it is there."""
     page.locator(selector).scroll_into_view_if_needed()
