@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+import muon
 import process_group as pg
 from casts import shared_casts
 from checkpoint import last_good, listen, load, save_if_due
@@ -28,7 +29,6 @@ from lock import alone
 from metrics import Metrics, flops_per_token, peak_memory_gb
 from mixes import batches, identity, load_texts, parts_of
 from model import Llama, materialize
-from muon import build_optimizer
 from optimizer import clip_gradients, gradient_norm
 from pipeline_parallel import Stage, apply_pipeline_parallel, sum_shared_gradients
 from precision import LossScale
@@ -87,7 +87,7 @@ def setup(args):
     engine = data_parallel(args.dp_engine, model, mesh.group("dp", "cp"))
     stage = build_stage(args, model, mesh.group("pp"), engine, device)
     parameters = engine.parameters
-    optimizer = build_optimizer(parameters, args, mesh)
+    optimizer = muon.build_optimizer(parameters, args, mesh)
     loss_scale = LossScale(args.dtype)
     positions = zigzag_positions(args.seq_len, mesh.group("cp"))
     data = batches(texts, device, positions, mesh.group("dp"))
