@@ -37,7 +37,8 @@ def lay(ours, start, own):
 def later(ours):
     """{file: its first milestone} of files that are shown only after the last one of README.md.
 
-    The program needs them before: they are laid whole, and become stubs when their page begins.
+    The program needs them before: they are laid whole. What a milestone is about becomes stubs when
+    it begins, and what comes after it stays ours until then.
     """
     walk = lessons.walk(ours)
     last = max(item.milestone for item in walk if item.page == "README.md")
@@ -65,6 +66,36 @@ def stubbed(path, walk):
     for _, (node, item) in sorted(found.items(), reverse=True):
         put_stub(lines, node, item)
     return "\n".join(lines) + "\n"
+
+
+def later_milestones(ours):
+    """The milestones about files that `later` names, in order."""
+    files = later(ours)
+    found = {i.milestone for i in lessons.walk(ours) for p in i.pieces if p.file in files}
+    return sorted(found)
+
+
+def stubbed_for(milestone, ours, file, mine):
+    """The text of a reader's file, in which the functions of one milestone are to be written."""
+    lines, found = mine.splitlines(), {}
+    theirs = {(n.name, k): n for n, k in counted(functions_of((ours / file).read_text()))}
+    here = {(n.name, k): n for n, k in counted(functions_of(mine))}
+    for item in lessons.walk(ours):
+        for piece in item.pieces if item.milestone == milestone else ():
+            for name, node in theirs.items() if piece.file == file else ():
+                if node.lineno in piece.lines and name in here:
+                    found.setdefault(here[name].lineno, (here[name], item))
+    for _, (node, item) in sorted(found.items(), reverse=True):
+        put_stub(lines, node, item)
+    return "\n".join(lines) + "\n"
+
+
+def counted(nodes):
+    """(function, how many before it have its name): `__init__` is there more than once."""
+    seen = {}
+    for node in sorted(nodes, key=lambda node: node.lineno):
+        yield node, seen.setdefault(node.name, 0)
+        seen[node.name] += 1
 
 
 def put_stub(lines, node, item):

@@ -111,18 +111,20 @@ class Student:
         return None, ""
 
     def waits_for(self):
-        """The first milestone of further pages whose files are not stubs yet; 0 for none."""
-        if self.about.get("later_laid"):
-            return 0
-        return min(stubs.later(self.ours).values(), default=0)
+        """The first milestone of further pages that is not laid as stubs yet; 0 for none."""
+        laid = self.about.get("laid_up_to", 0)
+        return next((m for m in stubs.later_milestones(self.ours) if m > laid), 0)
 
     def lay_later(self):
-        """The lesson's first page is done: now the files of the further pages become stubs."""
+        """All before a milestone of a further page is done: now what it is about becomes stubs."""
+        milestone = self.waits_for()
         for file in stubs.later(self.ours):
-            self.back_up(file)
-            text = stubs.stubbed(self.ours / file, lessons.walk(self.ours))
-            (self.own / file).write_text(text)
-        self.about["later_laid"] = True
+            mine = self.own / file
+            text = stubs.stubbed_for(milestone, self.ours, file, mine.read_text())
+            if text != mine.read_text():
+                self.back_up(file)
+                mine.write_text(text)
+        self.about["laid_up_to"] = milestone
         self.keep()
 
     def written(self):

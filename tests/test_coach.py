@@ -65,12 +65,12 @@ def test_from_stubs_to_our_step(opened, number):
 @pytest.mark.parametrize("number", range(1, len(lessons.steps()) + 1))
 def test_what_is_laid_holds_no_line_to_write(opened, number):
     one = opened(number)
+    while one.waits_for():
+        one.lay_later()
     for path in one.ours.glob("*.py"):
         past = lessons.before(one.ours)
         if lessons.is_no_lesson(path) or (past and (past / path.name).exists()):
             continue
-        if path.name in stubs.later(one.ours):
-            one.lay_later()
         laid = (one.own / path.name).read_text()
         walked = {
             n
@@ -307,3 +307,15 @@ def test_a_picture_shows_what_a_schedule_does(opened, tmp_path):
 def test_a_name_that_comes_from_another_module_is_imported_anew():
     text = stubs.with_imports("from a import f, g\n", "from a import g\nfrom b import f\n")
     assert text == "from a import f, g\nfrom b import f\n"
+
+
+def test_what_a_further_page_is_about_stays_ours_until_its_milestone(opened):
+    one = opened(9)
+    first, second, *_ = stubs.later_milestones(one.ours)
+    one.lay_later()
+    left = {
+        (page, n) for file in one.own.glob("*.py") for page, n in stubs.left_in(file.read_text())
+    }
+    begun = {(i.page, i.number): i.milestone for i in lessons.walk(one.ours)}
+    later = {begun[item] for item in left if begun[item] >= first}
+    assert later == {first} and one.waits_for() == second
