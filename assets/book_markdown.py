@@ -7,6 +7,7 @@ code block inside of a list would look different. So the pages reach it as HTML.
 import html
 import json
 import re
+from itertools import groupby
 
 from markdown_it import MarkdownIt
 from pygments.lexers import get_lexer_by_name
@@ -147,14 +148,15 @@ def coloured(code, language):
         lexer = get_lexer_by_name(language, stripnl=False, ensurenl=True)
     except ClassNotFound:
         return html.escape(code, quote=False).splitlines(keepends=True)
+    kinds = ((colour(STANDARD_TYPES.get(kind, "")), text) for kind, text in lexer.get_tokens(code))
     lines = [""]
-    for kind, text in lexer.get_tokens(code):
-        name = colour(STANDARD_TYPES.get(kind, ""))
-        for i, part in enumerate(html.escape(text, quote=False).split("\n")):
+    for name, same in groupby(kinds, key=lambda token: token[0]):
+        whole = html.escape("".join(text for _, text in same), quote=False)
+        for i, part in enumerate(whole.split("\n")):
             if i:
                 lines[-1] += "\n"
                 lines.append("")
-            lines[-1] += f'<span class="{name}">{part}</span>' if name and part else part
+            lines[-1] += f'<span class="{name}">{part}</span>' if name and part.strip() else part
     return lines[:-1] if not lines[-1] else lines
 
 

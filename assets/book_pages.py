@@ -81,7 +81,7 @@ def text_of(page):
             line = page.read_text()[: directive.start()].count("\n") + 1
             raise lessons.LessonError(f"{page.relative_to(ROOT)}:{line}: {error}") from None
     # A loop that does not stand for a widget is for GitHub: here the widgets move.
-    return book_walk.with_player(LOOP.sub("", lessons.renewed(page)), page)
+    return LOOP.sub("", lessons.renewed(page))
 
 
 class Pages:
@@ -173,8 +173,8 @@ class Pages:
             return size_of((path.parent / picture).resolve())
 
         heading = next(iter(self.documents[path].anchors.values()))
-        made = book_walk.with_links(self.documents[path].html(address, size))
-        return self.add(path, made, heading)
+        made = book_walk.with_player(self.documents[path].html(address, size), path)
+        return self.add(path, book_walk.with_links(made), heading)
 
     def add(self, path, text, heading=None, wide=False, search=True):
         place = self.place(path)

@@ -178,12 +178,12 @@ def pages():
 
 
 def with_player(text, page):
-    """A page's Markdown with the player at the head of The code, where the page has items."""
+    """A page's HTML with the player at the head of The code, where the page has items."""
     if page not in pages():
         return text
     options = html.escape(json.dumps({"data": data_name(page)}))
     player = f'<div id="walk" class="walk" data-widget="walk" data-options="{options}"></div>'
-    return re.sub(r"^## The code\n", lambda m: f"{m[0]}\n{player}\n", text, count=1, flags=re.M)
+    return re.sub(r'<h2 id="the-code">.*\n', lambda m: f"{m[0]}{player}\n", text, count=1)
 
 
 def with_links(text):
