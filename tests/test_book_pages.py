@@ -195,6 +195,13 @@ def test_a_term_shows_its_card(shown):
     card.wait_for(state="hidden")
 
 
+def test_a_term_in_the_walk_player_shows_its_card(shown):
+    page = shown("step5_context_parallel/index.html#walk?item=3")
+    page.locator("#walk a", has_text="kernel").first.hover()
+    page.locator("#glossary-card").wait_for(state="visible")
+    assert page.locator("#glossary-card strong").inner_text() == "kernel"
+
+
 def test_a_card_stays_on_a_narrow_screen(shown):
     page = shown("GLOSSARY.html", "narrow", "dark")
     page.locator("article a", has_text="reduce-scatter").first.focus()

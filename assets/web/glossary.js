@@ -42,13 +42,16 @@
 
   function begin() {
     document.body.append(card);
-    const own = location.pathname.endsWith("/GLOSSARY.html") ? '.md-typeset a[href^="#"]:not(.headerlink)' : null;
-    for (const link of document.querySelectorAll(own ?? '.md-typeset a[href*="GLOSSARY.html#"]')) {
-      link.addEventListener("mouseenter", () => ask(link, 150));
-      link.addEventListener("mouseleave", () => soon(hide, 250));
-      link.addEventListener("focus", () => link.matches(":focus-visible") && ask(link, 0));
-      link.addEventListener("blur", hide);
-    }
+    const own = location.pathname.endsWith("/GLOSSARY.html");
+    const links = own ? '.md-typeset a[href^="#"]:not(.headerlink)' : '.md-typeset a[href*="GLOSSARY.html#"]';
+    const on = (kind, act) => document.addEventListener(kind, (event) => {
+      const link = event.target.closest?.(links); // links of the walk player come and go
+      if (link) act(link);
+    });
+    on("mouseover", (link) => ask(link, 150));
+    on("mouseout", () => soon(hide, 250));
+    on("focusin", (link) => link.matches(":focus-visible") && ask(link, 0));
+    on("focusout", hide);
     card.addEventListener("mouseenter", () => clearTimeout(timer));
     card.addEventListener("mouseleave", () => soon(hide, 250));
     document.addEventListener("keydown", (event) => { if (event.key === "Escape" && shown) hide(); });
