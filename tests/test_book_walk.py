@@ -9,7 +9,6 @@ import browser
 import lessons
 import pytest
 import test_book_walk_data as by_python
-from axe_playwright_python.sync_playwright import Axe
 from conftest import ROOT
 
 sys.path.append(str(ROOT / "assets"))
@@ -299,6 +298,8 @@ def test_narrow(player):
 
 
 def test_accessible(player):
+    from axe_playwright_python.sync_playwright import Axe
+
     page, walk = player(f"{RING}#walk?item=14&fill=yes")
     walk.get_by_role("button", name="Items").click()
     for scheme, rules in (("default", {}), ("slate", {"runOnly": ["color-contrast"]})):
