@@ -155,7 +155,7 @@ def encode(output, shots, shown, title, folder):
         "-f", "concat", "-safe", "0", "-i", "list.txt", "-i", "voice.wav",
         "-i", output.with_suffix(".vtt").resolve(), "-f", "ffmetadata", "-i", "chapters.txt",
         "-map", "0:v", "-map", "1:a", "-map", "2:s", "-map_metadata", "3", "-map_chapters", "3",
-        "-vsync", "vfr", "-t", f"{length:.3f}",
+        "-vsync", "vfr", "-t", f"{length + 1 / RATE:.3f}",  # with the last picture, which ends it
         "-c:v", "libx264", "-preset", "veryfast", "-crf", "21", "-tune", "animation",
         "-g", "30", "-pix_fmt", "yuv420p", "-c:a", "aac", "-b:a", "96k",
         "-c:s", "mov_text", "-metadata:s:s:0", "language=eng", "-metadata:s:a:0", "language=eng",
