@@ -132,6 +132,12 @@ FAULTS = """([name, states]) => {
 }"""
 
 
+def assert_narrow(page, widget):
+    """Demand that a widget has its narrow picture, and that no part of the page is cut."""
+    assert widget.locator("svg.picture").get_attribute("viewBox").startswith("0 0 360 ")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
 def ready(page, selector):
     """Bring a widget into view and wait until it is there."""
     page.locator(selector).scroll_into_view_if_needed()

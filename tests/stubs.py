@@ -9,6 +9,7 @@ import ast
 import re
 
 import lessons
+from definitions import definitions_in
 
 MARK = re.compile(r'raise NotImplementedError\("(\S+) item (\d+), ')
 
@@ -78,8 +79,7 @@ def later_milestones(ours):
 def stubbed_for(milestone, ours, file, mine):
     """The text of a reader's file, in which the functions of one milestone are to be written."""
     lines, found = mine.splitlines(), {}
-    theirs = {(n.name, k): n for n, k in counted(functions_of((ours / file).read_text()))}
-    here = {(n.name, k): n for n, k in counted(functions_of(mine))}
+    theirs, here = named((ours / file).read_text()), named(mine)
     for item in lessons.walk(ours):
         for piece in item.pieces if item.milestone == milestone else ():
             for name, node in theirs.items() if piece.file == file else ():
@@ -90,12 +90,14 @@ def stubbed_for(milestone, ours, file, mine):
     return "\n".join(lines) + "\n"
 
 
-def counted(nodes):
-    """(function, how many before it have its name): `__init__` is there more than once."""
-    seen = {}
-    for node in sorted(nodes, key=lambda node: node.lineno):
-        yield node, seen.setdefault(node.name, 0)
-        seen[node.name] += 1
+def named(text):
+    """{"name" or "Class.name": function} of a file."""
+    return {
+        name: node
+        for name, lines in definitions_in(text).items()
+        for node in functions_of(text)
+        if (name.split(".")[-1], lines[-1]) == (node.name, node.end_lineno)
+    }
 
 
 def put_stub(lines, node, item):

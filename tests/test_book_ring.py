@@ -194,7 +194,5 @@ def test_controls(page):
 def test_narrow(site, chromium):
     address = f"file://{site}/{PAGE}#ring?cp=8&dealing=contiguous&step=9"
     with browser.opened(chromium, address, "narrow") as (page, problems):
-        ring = browser.ready(page, "#ring")
-        assert ring.locator("svg.picture").get_attribute("viewBox").startswith("0 0 360 ")
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        browser.assert_narrow(page, browser.ready(page, "#ring"))
         assert not problems

@@ -162,7 +162,5 @@ def test_controls(page):
 def test_narrow(site, chromium):
     address = f"file://{site}/{PAGE}#tensor_parallel?ranks=4&sequence=yes&step=9"
     with browser.opened(chromium, address, "narrow") as (page, problems):
-        widget = browser.ready(page, "#tensor_parallel")
-        assert widget.locator("svg.picture").get_attribute("viewBox").startswith("0 0 360 ")
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        browser.assert_narrow(page, browser.ready(page, "#tensor_parallel"))
         assert not problems

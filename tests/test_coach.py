@@ -319,3 +319,13 @@ def test_what_a_further_page_is_about_stays_ours_until_its_milestone(opened):
     begun = {(i.page, i.number): i.milestone for i in lessons.walk(one.ours)}
     later = {begun[item] for item in left if begun[item] >= first}
     assert later == {first} and one.waits_for() == second
+
+
+def test_a_function_of_mine_with_a_name_of_ours_is_no_stub(opened):
+    one = opened(9)
+    own = "class Mine:\n    def __init__(self):\n        self.x = 1\n\n\n"
+    milestone = stubs.later(one.ours)["owners.py"]
+    text = stubs.stubbed_for(
+        milestone, one.ours, "owners.py", own + (one.ours / "owners.py").read_text()
+    )
+    assert text.startswith(own) and stubs.left_in(text)
